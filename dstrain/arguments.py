@@ -1,0 +1,255 @@
+"""Every flag of `dstrain/train.py`, as frozen dataclasses. Flags, `--help`, and YAML or JSON files come from the fields.
+
+What DeepSpeed's JSON has a key for has no flag here (see ds_configs/). Names and defaults are those of Hugging Face's
+`run_clm.py` and `TrainingArguments` where they exist there. Imports neither torch nor transformers, so that a wrong
+flag is refused at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dstrain.errors import UserError
+
+
+def flag(help: str, default: Any = None, **metadata: Any) -> Any:
+    """A dataclass field with its help text; `choices` and `alias` go into the metadata."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    model_name_or_path: str | None = flag("pretrained model: a hub name or a folder")
+    config_name: str | None = flag(
+        "model trained from scratch: a hub name, a folder, or a JSON file that names its model_type"
+    )
+    config_overrides: str | None = flag("changes to the model's configuration: n_embd=10,n_layer=2")
+    tokenizer_name: str | None = flag("hub name or folder of a tokenizer, or `bytes` (256 bytes and specials)")
+    attn_implementation: str | None = flag("attention kernel: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = flag("allow a hub repository to run its own Python code", False)
+    gradient_checkpointing: bool = flag("recompute activations in the backward pass", False)
+    compile: str | None = flag(
+        "torch.compile: each decoder layer (`layer`, also for the bare flag) or the whole model (`whole`)",
+        choices=("layer", "whole"),
+        bare="layer",
+    )
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    dataset_name: str | None = flag("a dataset of the hub, or a local folder in hub layout")
+    dataset_config_name: str | None = flag("the dataset's configuration")
+    train_file: list[str] = flag(
+        "training text: file, folder or glob of text, JSON lines, CSV or parquet, also .gz or .zst; repeatable", []
+    )
+    validation_file: list[str] = flag("held-out text, as --train_file; repeatable", [])
+    text_column: str | None = flag("column that holds the text (default: `text`, or the only column of text)")
+    max_train_samples: int | None = flag("read only this many training documents", minimum=1)
+    streaming: bool = flag("read the training data while training instead of before", False)
+    block_size: int | None = flag(
+        "tokens read per sample (default: the model's positions, at most 1024)", minimum=2
+    )
+    packing: bool = flag("fill blocks with several whole documents that do not see each other", False)
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    deepspeed_config: str | None = flag("the DeepSpeed JSON: optimizer, batch, precision, ZeRO, offload, parallelism", alias="--deepspeed")
+    set: list[str] = flag("change one value of the DeepSpeed JSON: a.b=c; repeatable", [])
+    max_steps: int = flag("optimizer steps (-1: num_train_epochs decides)", -1, minimum=-1)
+    num_train_epochs: float = flag("passes over the training data", 3.0, minimum=0.0)
+    max_time: float | None = flag("stop and save after this many seconds (exit code 75)", minimum=0.0)
+    seed: int = flag("seed of the initial weights and of the order of samples", 42, minimum=0)
+    output_dir: str = flag("run folder", "runs/default")
+    overwrite_output_dir: bool = flag("start anew in a folder that holds another run", False)
+    logging_steps: int = flag("steps per line of metrics.jsonl", 1, minimum=1)
+    eval_steps: int | None = flag("evaluate at multiples of this step (always once at the end)", minimum=1)
+    max_eval_batches: int | None = flag("global batches per evaluation", minimum=1)
+    save_steps: int = flag("save at multiples of this step (0: only at the end)", 500, minimum=0)
+    save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
+    resume_from_checkpoint: str = flag("auto: go on from the newest checkpoint; none; or a path", "auto", bare="auto")
+    verify: bool = flag("compare this configuration with plain torch on a shrunk model before training", False)
+    hang_timeout: float | None = flag("end the run after this many seconds without progress (exit code 76)", minimum=1.0)
+    profile: bool = flag("write a torch trace of a few steps into the run folder", False)
+    report_to: list[str] = flag(
+        "report.html (default) or none; trackers are blocks of the DeepSpeed JSON", ["report"], choices=("report", "none")
+    )
+    local_rank: int = flag("set by launchers", -1)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flag name -> value, over all groups."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+
+GROUPS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "run": RunArguments}
+
+
+def _fields() -> dict[str, tuple[str, dataclasses.Field, Any]]:
+    """Flag name -> (group, field, type)."""
+    return {
+        f.name: (group, f, hints[f.name])
+        for group, cls in GROUPS.items()
+        for hints in [get_type_hints(cls)]
+        for f in dataclasses.fields(cls)
+    }
+
+
+def _scalar_type(annotation: Any) -> type:
+    """`int | None` -> int, `list[str]` -> str."""
+    if get_origin(annotation) in (Union, UnionType, list):
+        return next(t for t in get_args(annotation) if t is not type(None))
+    return annotation
+
+
+def _convert(name: str, value: Any, annotation: Any, metadata: dict) -> Any:
+    """One value from the command line or a file, as its field's type. Raises UserError."""
+    kind = _scalar_type(annotation)
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    wrong = UserError(f"--{name} is {value!r}: write {expected}")
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
+    if isinstance(value, bool | list | dict):
+        raise wrong
+    try:
+        value = kind(value)
+    except ValueError:
+        raise wrong from None
+    if kind is float and not (value == value and abs(value) != float("inf")):
+        raise wrong
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise UserError(f"--{name} is {value!r}: write one of {', '.join(metadata['choices'])}")
+    if "minimum" in metadata and value < metadata["minimum"]:
+        raise UserError(f"--{name} is {value}: the smallest value is {metadata['minimum']}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Train a Hugging Face causal language model with DeepSpeed.",
+        usage="%(prog)s [FILE.yaml|FILE.json] [--flag value ...]",
+        epilog="A YAML or JSON file with the names of the flags may come first; flags win over it.",
+    )
+    sections = {group: parser.add_argument_group(group) for group in GROUPS}
+    for name, (group, f, annotation) in _fields().items():
+        options: dict[str, Any] = {"dest": name, "default": None, "help": f.metadata["help"], "action": "append"}
+        if annotation is bool:
+            options.update(nargs="?", const="true")
+        elif "bare" in f.metadata:
+            options.update(nargs="?", const=f.metadata["bare"])
+        names = [f"--{name}"] + ([f.metadata["alias"]] if "alias" in f.metadata else [])
+        if name == "local_rank":
+            names.append("--local-rank")
+        sections[group].add_argument(*names, **options)
+    return parser
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): name a YAML or JSON file") from None
+    try:
+        if path.endswith(".json"):
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "yaml":
+            raise
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no table of flags: write lines such as `max_steps: 100`")
+    return values
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else ": see --help"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Read flags (and a file before them) into `Arguments`.
+
+    argv: without the program's name; None reads sys.argv. Raises UserError with every problem at once; `--help` exits.
+    """
+    fields, problems = _fields(), []
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = next((i for i, token in enumerate(argv) if not token.startswith(("--local_rank=", "--local-rank="))), None)
+    config_file = argv.pop(first) if first is not None and not argv[first].startswith("-") else None
+    namespace, unknown = _build_parser().parse_known_args(argv)
+    for token in unknown:
+        name = token.split("=")[0]
+        if name.startswith("-"):
+            problems.append(f"unknown flag {name}{_did_you_mean(name, ['--' + n for n in fields])}")
+        else:
+            problems.append(f"unexpected word {token!r}: every flag takes one value; repeat the flag for several")
+    from_file = _read_file(config_file) if config_file else {}
+    for name in from_file.keys() - fields.keys():
+        problems.append(f"{config_file}: unknown name {name}{_did_you_mean(str(name), list(fields))}")
+
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, (group, f, annotation) in fields.items():
+        given = getattr(namespace, name)
+        try:
+            if get_origin(annotation) is list:
+                values = given if given is not None else from_file.get(name)
+                if values is not None:
+                    values = values if isinstance(values, list) else [values]
+                    groups[group][name] = [_convert(name, v, annotation, f.metadata) for v in values]
+            elif given is not None or from_file.get(name) is not None:
+                if given is not None and len(set(given)) > 1 and name != "local_rank":
+                    raise UserError(f"--{name} is given twice with different values ({', '.join(given)}): keep one")
+                value = given[-1] if given is not None else from_file[name]
+                groups[group][name] = _convert(name, value, annotation, f.metadata)
+        except UserError as error:
+            problems += error.problems
+    problems += _contradictions({**groups["model"], **groups["data"], **groups["run"]})
+    if problems:
+        raise UserError(problems)
+    return Arguments(**{group: cls(**groups[group]) for group, cls in GROUPS.items()})
+
+
+def _contradictions(given: dict[str, Any]) -> list[str]:
+    problems = []
+    if given.get("model_name_or_path") and given.get("config_name"):
+        problems.append("--model_name_or_path and --config_name are both given: keep the first to continue a pretrained model, the second to train from scratch")
+    if given.get("model_name_or_path") and given.get("config_overrides"):
+        problems.append("--config_overrides changes a model trained from scratch: use it with --config_name, not with --model_name_or_path")
+    if given.get("dataset_name") and given.get("train_file"):
+        problems.append("--dataset_name and --train_file are both given: keep one source of training data")
+    if given.get("dataset_config_name") and not given.get("dataset_name"):
+        problems.append("--dataset_config_name needs --dataset_name")
+    if given.get("max_steps") == 0:
+        problems.append("--max_steps is 0: write a positive number, or leave it out to train for --num_train_epochs")
+    if given.get("num_train_epochs") == 0:
+        problems.append("--num_train_epochs is 0: write a positive number")
+    return problems

@@ -1,0 +1,27 @@
+"""How a run ends: the exit codes of every rank, and the error that is the user's to mend."""
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    FINISHED = 0
+    CRASH = 1
+    USER_ERROR = 2
+    STOPPED = 75  # on request, after saving: start again to go on
+    HUNG = 76
+    NON_FINITE = 77
+    VERIFY_FAILED = 78
+
+
+class UserError(ValueError):
+    """One or more mistakes that the user can mend.
+
+    Each problem is one line that says what is wrong and what to write instead. Entry points print them on stderr,
+    without a traceback, and exit with `ExitCode.USER_ERROR`.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        assert self.problems, "a UserError without a problem"
+        super().__init__("\n".join(self.problems))

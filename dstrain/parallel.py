@@ -1,0 +1,57 @@
+"""The rank grid: sizes of every kind of parallelism and where one rank stands in it. Pure arithmetic.
+
+Ranks are laid out as DeepSpeed lays them out: pipeline stage outermost, then data parallel, then sequence or tensor
+parallel innermost (`PipeDataParallelTopology`, `initialize_sequence_parallel`, AutoTP's groups in deepspeed 0.19).
+"""
+
+from dataclasses import dataclass
+
+from dstrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of the parallel dimensions; `dp_size` is what the others leave of `world_size`."""
+
+    world_size: int
+    tp_size: int = 1
+    pp_size: int = 1
+    sp_size: int = 1
+
+    def __post_init__(self):
+        for key, size in (
+            ("tensor_parallel.autotp_size", self.tp_size),
+            ("pipeline.stages", self.pp_size),
+            ("sequence_parallel_size", self.sp_size),
+        ):
+            if size < 1:
+                raise UserError(f"{key} is {size}: write a positive number of ranks")
+        if self.world_size % self.model_parallel_size:
+            raise UserError(
+                f"{self.world_size} processes cannot be split into tensor_parallel.autotp_size={self.tp_size} x "
+                f"pipeline.stages={self.pp_size} x sequence_parallel_size={self.sp_size}: "
+                f"start a multiple of {self.model_parallel_size} processes"
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one sample."""
+        return self.tp_size * self.pp_size * self.sp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks groups that read different samples."""
+        return self.world_size // self.model_parallel_size
+
+    def dp_rank(self, rank: int) -> int:
+        return rank // (self.tp_size * self.sp_size) % self.dp_size
+
+    def tp_rank(self, rank: int) -> int:
+        return rank % self.tp_size
+
+    def sp_rank(self, rank: int) -> int:
+        return rank // self.tp_size % self.sp_size
+
+    def pp_rank(self, rank: int) -> int:
+        """The pipeline stage of this rank."""
+        return rank // (self.tp_size * self.sp_size * self.dp_size)
