@@ -1,0 +1,106 @@
+"""The process group: how this process was started, seeds, and the few collectives that dstrain needs."""
+
+import os
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all, as its launcher set the environment. Without one: a single process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_main_on_host(self) -> bool:
+        return self.local_rank == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def init_distributed(timeout_s: float = 600.0) -> Launch:
+    """Join the process group (gloo on CPU, NCCL on NVIDIA) through DeepSpeed, so that it uses the same one.
+
+    A process started by plain `python` becomes a group of one. The timeout, in seconds, acts on every collective
+    of the default group.
+    """
+    import deepspeed
+
+    launch = Launch.from_environment()
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    if not dist.is_initialized():
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+    return launch
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    from deepspeed.accelerator import get_accelerator
+
+    name = get_accelerator().device_name()
+    return torch.device(name if name == "cpu" else f"{name}:{Launch.from_environment().local_rank}")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch: what dropout draws from. Data and weights have their own pure functions."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _reduce(values: Sequence[float], op) -> list[float]:
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device())
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=op)
+    return tensor.tolist()
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise maximum over all ranks; a collective."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise sum over all ranks; a collective."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""The one seam between the train loop and DeepSpeed: `Engine.train_batch(batches) -> StepResult`.
+
+Both engines consume the micro-batches of one optimizer step, take exactly one step, and return the same numbers on
+every rank. This is the only file that calls `deepspeed.initialize`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dstrain.config.resolve import ResolvedConfig
+from dstrain.errors import UserError
+from dstrain.models.loss import LossHead, check_loss_head, token_loss
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, equal on every rank. Tensors are 0-d and stay on the device: reading one synchronises."""
+
+    loss: torch.Tensor  # mean over the label tokens of the global batch, before the update
+    grad_norm: torch.Tensor | float  # L2 over all parameters, before clipping
+    learning_rate: float  # the one this step used
+    tokens: torch.Tensor  # label tokens of the global batch
+    tokens_processed: torch.Tensor  # input tokens of the global batch, without padding
+    skipped: bool = False  # the fp16 loss scaler overflowed: no step was taken
+
+
+class Engine(Protocol):
+    """What the train loop knows of parallelism."""
+
+    deepspeed: Any
+
+    def train_batch(self, batches: Sequence[Batch]) -> StepResult: ...
+
+    def eval_batch(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of token losses and number of label tokens over the global batch, both 0-d float64."""
+        ...
+
+
+class ZeroEngine:
+    """ZeRO 0-3, with tensor and sequence parallelism: every rank runs the whole depth of the model."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, head: LossHead, resolved: ResolvedConfig):
+        self.deepspeed = engine
+        self.head = head
+        self.resolved = resolved
+        self.device = engine.device
+
+    def train_batch(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over `gradient_accumulation_steps` micro-batches of this rank.
+
+        batches: dicts of int64 [micro_batch, sequence] tensors: input_ids, labels (-100 carries no loss), and where
+        needed attention_mask, position_ids. A collective: every rank calls it with its own part of the global batch.
+        """
+        assert len(batches) == self.resolved.gradient_accumulation_steps
+        engine = self.deepspeed
+        engine.train()
+        batches = [to_device(batch, self.device) for batch in batches]
+        tokens, processed = self._sum(torch.stack([count_tokens(batch) for batch in batches]).sum(0))
+        # DeepSpeed averages over the micro-batches and over the ranks that share gradients; the loss is a sum over
+        # label tokens divided by their global number, whatever rank or micro-batch they stand in.
+        scale = len(batches) * self._gradient_ranks / tokens.clamp(min=1)
+        learning_rate = engine.get_lr()[0]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        grad_norm = None
+        for i, batch in enumerate(batches):
+            loss, _ = token_loss(engine, self.head, batch)
+            engine.backward(loss * scale.to(loss.dtype))
+            loss_sum += loss.detach()
+            if i == len(batches) - 1 and self.resolved.zero_stage == 0:
+                grad_norm = self._plain_grad_norm()
+            engine.step()
+        (loss_sum,) = self._sum(loss_sum.reshape(1))
+        if grad_norm is None:
+            grad_norm = engine.get_global_grad_norm()
+        return StepResult(
+            loss=loss_sum / tokens.clamp(min=1),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            tokens_processed=processed,
+            skipped=not engine.was_step_applied(),
+        )
+
+    @torch.no_grad()
+    def eval_batch(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.deepspeed.eval()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        tokens = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            batch = to_device(batch, self.device)
+            loss, _ = token_loss(self.deepspeed, self.head, batch)
+            loss_sum += loss
+            tokens += count_tokens(batch)[0]
+        loss_sum, tokens = self._sum(torch.stack([loss_sum, tokens]))
+        return loss_sum, tokens
+
+    @property
+    def _gradient_ranks(self) -> int:
+        """Ranks over which DeepSpeed averages gradients."""
+        return self.resolved.parallel.dp_size * self.resolved.parallel.sp_size
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a 1-d tensor over all ranks, counting a sample once that tensor-parallel peers share."""
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values)
+        return values / self.resolved.parallel.tp_size
+
+    def _plain_grad_norm(self) -> torch.Tensor:
+        """ZeRO-0 keeps whole, already averaged gradients on every rank, and its optimizers keep no norm."""
+        grads = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([g.float() for g in grads])
+        return norm / (self.deepspeed.loss_scale() or 1.0) if self.resolved.precision == "fp16" else norm
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def count_tokens(batch: Batch) -> torch.Tensor:
+    """[label tokens, input tokens without padding] of a micro-batch, float64 [2]."""
+    labels = (batch["labels"][:, 1:] != -100).sum()
+    processed = batch["attention_mask"].sum() if "attention_mask" in batch else labels.new_tensor(batch["input_ids"].numel())
+    return torch.stack([labels, processed]).double()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, as Hugging Face's Trainer makes them: norms, biases and 1-D parameters are not decayed."""
+
+    def ndim(p: nn.Parameter) -> int:
+        return len(p.ds_shape) if hasattr(p, "ds_shape") else p.ndim
+
+    decayed = [p for p in model.parameters() if p.requires_grad and ndim(p) >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and ndim(p) < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | None = None) -> ZeroEngine:
+    """Put `model` under DeepSpeed as `resolved` asks, and compare what DeepSpeed made of it with what was asked.
+
+    Raises UserError when a setting was ignored.
+    """
+    from dstrain.models.loss import install_fused_loss
+
+    weight_decay = resolved.deepspeed["optimizer"].get("params", {}).get("weight_decay", 0.0)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, weight_decay),
+        config=resolved.deepspeed,
+        dist_init_required=False,
+    )
+    problems = resolved.compare_effective(effective_settings(engine))
+    if problems:
+        raise UserError(problems)
+    head = install_fused_loss(model)
+    result = ZeroEngine(engine, head, resolved)
+    engine.eval()
+    head.reason = check_loss_head(engine, head, model.config.get_text_config().vocab_size)
+    if compile == "layer":
+        for layer in decoder_layers(model):
+            layer.compile()
+    elif compile == "whole":
+        engine.compile()
+    return result
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The longest list of modules: a decoder's layers."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def effective_settings(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """What the built engine really does, under the names of the JSON's dotted keys."""
+    offload_optimizer, offload_param = engine.zero_offload_optimizer(), engine.zero_offload_param()
+    return {
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "zero_optimization.stage": engine.zero_optimization_stage(),
+        "zero_optimization.offload_optimizer.device": str(offload_optimizer.device.value) if offload_optimizer else None,
+        "zero_optimization.offload_param.device": str(offload_param.device.value) if offload_param else None,
+        "bf16.enabled": bool(engine.bfloat16_enabled()),
+        "fp16.enabled": bool(engine.fp16_enabled()),
+        "optimizer.type": type(engine.basic_optimizer).__name__,
+        "scheduler.type": type(engine.lr_scheduler).__name__ if engine.lr_scheduler else None,
+        "data_parallel_size": engine.dp_world_size,
+        "model_dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
+    }
+
+

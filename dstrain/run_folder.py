@@ -1,0 +1,125 @@
+"""The run folder: what is in it, whether a start may use it, and `run.json`."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import UserError
+
+VERSIONED = ("dstrain", "torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
+OWN_NAMES = ("run.json", "metrics.jsonl", "checkpoints", "logs", "report.html", "stop", "profile", "export", "lock")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Nothing is written before `create`."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def read(self) -> dict[str, Any]:
+        """run.json of the run that the folder holds; {} where there is none. Raises UserError when it is broken."""
+        if not self.run_json.exists():
+            return {}
+        try:
+            return json.loads(self.run_json.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{self.run_json} is not valid JSON ({error}): choose another --output_dir or add --overwrite_output_dir"
+            ) from None
+
+    def check_usable(self, *, overwrite: bool, resume: str) -> None:
+        """Refuse a folder that holds something else than a run, or a run that this start would destroy."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path} is a file: name a folder")
+        existing = next((p for p in (self.path, *self.path.parents) if p.exists()), Path("/"))
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"--output_dir {self.path} cannot be written: choose a folder of your own")
+        if not self.path.exists() or overwrite:
+            return
+        if not self.run_json.exists() and any(name.name not in OWN_NAMES for name in self.path.iterdir()):
+            raise UserError(
+                f"--output_dir {self.path} holds files but no run: choose an empty folder or add --overwrite_output_dir"
+            )
+        if self.run_json.exists() and resume == "none":
+            raise UserError(
+                f"--output_dir {self.path} already holds a run: choose another folder, add --overwrite_output_dir to "
+                "start anew in it, or leave --resume_from_checkpoint out to go on with it"
+            )
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Refuse to go on with a run of another model, data or seed; names what differs."""
+        stored = self.read().get("identity", {})
+        problems = [
+            f"--output_dir {self.path} holds a run with another {name} ({_short(stored[name])}, now {_short(value)}): "
+            "choose another folder or add --overwrite_output_dir"
+            for name, value in identity.items()
+            if name in stored and stored[name] != value
+        ]
+        if problems:
+            raise UserError(problems)
+
+    def clear(self) -> None:
+        """Delete what a run writes, and nothing else."""
+        for name in OWN_NAMES:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+    def create(self) -> None:
+        for folder in (self.path, self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, contents: dict[str, Any]) -> None:
+        """Replace run.json whole."""
+        temporary = self.run_json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(contents, indent=2, sort_keys=False, default=str) + "\n")
+        temporary.replace(self.run_json)
+
+    def update(self, **contents: Any) -> None:
+        """Merge into run.json."""
+        self.write({**self.read(), **contents})
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, host and start command; nothing that could be secret."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "platform": platform.platform()},
+        "command": [sys.executable, *sys.argv],
+    }
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
