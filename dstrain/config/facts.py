@@ -1,0 +1,29 @@
+"""What the rules need to know about the run beside its JSON."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts about a run; None and False mean "not known" or "not asked for", and then no rule fires.
+
+    source: name of the JSON for messages. device: "cpu" or "cuda". device_supports_fp16 and has_libaio: what the
+    machine offers. hidden_size: the model's width. total_steps: optimizer steps of the whole run. max_micro_batch: the
+    largest micro-batch that the memory plan allows. config_only: only the file is looked at (`dstrain config check`),
+    so flags such as --gradient_checkpointing are not known.
+    """
+
+    source: str = "the DeepSpeed JSON"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    device: str | None = None
+    device_supports_fp16: bool | None = None
+    device_supports_bf16: bool | None = None
+    has_libaio: bool | None = None
+    hidden_size: int | None = None
+    total_steps: int | None = None
+    max_micro_batch: int | None = None
+    config_only: bool = False
+
+
+NO_FACTS = RunFacts()

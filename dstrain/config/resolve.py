@@ -1,0 +1,258 @@
+"""One DeepSpeed JSON + the world it runs in -> what `deepspeed.initialize` gets, with the origin of every value."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstrain.config import batch as batching
+from dstrain.config.auto import fill_auto
+from dstrain.config.facts import NO_FACTS, RunFacts
+from dstrain.config.load import apply_overrides, get_value, leaves, parse_override, remove_value, set_value
+from dstrain.config.rules import check_rules
+from dstrain.config.schema import check_schema
+from dstrain.errors import UserError
+from dstrain.parallel import ParallelDims
+
+# No line of DeepSpeed's own progress report: dstrain writes the metrics. Its pipeline engine takes a remainder with
+# this number, so that null is a TypeError there once a monitor is on (deepspeed 0.19.8, runtime/pipe/engine.py:684).
+STEPS_PER_PRINT_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration that is complete and without contradiction.
+
+    deepspeed: the dict for `deepspeed.initialize`; every value that dstrain relies on is explicit in it. Its
+    `train_batch_size` counts as DeepSpeed does, where tensor-parallel ranks are data ranks: use `global_batch`.
+    origins: dotted key -> "user", "--set", "default" (DeepSpeed's), or "derived: why".
+    """
+
+    deepspeed: dict[str, Any]
+    origins: dict[str, str]
+    parallel: ParallelDims
+    batch: batching.Batch
+    facts: RunFacts
+    request: "_Request" = field(repr=False)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over the whole world."""
+        return self.batch.global_batch
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one data-parallel rank in one forward pass."""
+        return self.batch.micro_batch
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.batch.gradient_accumulation_steps
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed["zero_optimization"]["stage"]
+
+    @property
+    def precision(self) -> str:
+        """Type of the parameters in the forward pass: "fp32", "bf16" or "fp16"."""
+        return precision(self.deepspeed)
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        """"bfloat16" or "float16" where torch.autocast is on."""
+        return autocast_dtype(self.deepspeed)
+
+    @property
+    def optimizer_type(self) -> str:
+        return self.deepspeed["optimizer"]["type"]
+
+    @property
+    def scheduler_type(self) -> str | None:
+        return get_value(self.deepspeed, "scheduler.type")
+
+    @property
+    def gradient_clipping(self) -> float:
+        """Largest norm of the gradient; 0.0 is no clipping."""
+        return float(self.deepspeed["gradient_clipping"])
+
+    @property
+    def offload_optimizer(self) -> str | None:
+        """"cpu", "nvme" or None."""
+        return offload_device(self.deepspeed, "offload_optimizer")
+
+    @property
+    def offload_param(self) -> str | None:
+        """"cpu", "nvme" or None."""
+        return offload_device(self.deepspeed, "offload_param")
+
+    def with_facts(self, **facts: Any) -> "ResolvedConfig":
+        """The same request resolved again with more known about the run. Raises UserError."""
+        return self.request.resolve(dataclasses.replace(self.facts, **facts))
+
+    def with_total_steps(self, total_steps: int) -> "ResolvedConfig":
+        """Schedule lengths that the user left open, filled in from the run's length in optimizer steps."""
+        return self.with_facts(total_steps=total_steps)
+
+    def compare_effective(self, effective: dict[str, Any]) -> list[str]:
+        """One line per difference between what was asked and what the engine has (see `read_effective`)."""
+        from dstrain.config.effective import compare
+
+        return compare(self.deepspeed, effective)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `resolve_config` was asked, to be asked again when more is known."""
+
+    config: dict[str, Any]
+    world_size: int
+    overrides: tuple[str, ...]
+    stored_global_batch: int | None
+
+    def resolve(self, facts: RunFacts) -> ResolvedConfig:
+        return resolve_config(
+            self.config,
+            world_size=self.world_size,
+            overrides=self.overrides,
+            facts=facts,
+            stored_global_batch=self.stored_global_batch,
+        )
+
+
+def precision(config: dict[str, Any]) -> str:
+    if get_value(config, "bf16.enabled") is True:
+        return "bf16"
+    return "fp16" if get_value(config, "fp16.enabled") is True else "fp32"
+
+
+def autocast_dtype(config: dict[str, Any]) -> str | None:
+    if get_value(config, "torch_autocast.enabled") is not True:
+        return None
+    return {"fp16": "float16", "half": "float16", "torch.float16": "float16", "float16": "float16"}.get(
+        get_value(config, "torch_autocast.dtype"), "bfloat16"
+    )
+
+
+def offload_device(config: dict[str, Any], block: str) -> str | None:
+    device = get_value(config, f"zero_optimization.{block}.device")
+    return None if device in (None, "none") else device
+
+
+# A wrong value of one of these makes every rule about combinations guess: then only the schema's problems are told.
+_STRUCTURE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "optimizer",
+    "scheduler",
+    "tensor_parallel",
+    "pipeline",
+    "sequence_parallel_size",
+)
+
+
+def resolve_config(
+    config: dict[str, Any],
+    *,
+    world_size: int,
+    overrides: Sequence[str] = (),
+    facts: RunFacts = NO_FACTS,
+    stored_global_batch: int | None = None,
+) -> ResolvedConfig:
+    """Check and complete a DeepSpeed configuration for `world_size` processes.
+
+    stored_global_batch: samples per step of the run that is resumed; the batch is cut anew around it.
+    Raises UserError with every problem: unknown keys, wrong values, contradictions, batches that do not divide.
+    """
+    request = _Request(config, world_size, tuple(overrides), stored_global_batch)
+    resolved = apply_overrides(config, overrides)
+    origins = {key: "user" for key, _ in leaves(resolved)}
+    origins.update({key: "--set" for key, _ in (parse_override(o) for o in overrides) if key in origins})
+
+    wrong = check_schema(resolved)
+    problems = [problem for _, problem in wrong]
+    for key, _ in wrong:
+        remove_value(resolved, key)
+    if any(key.split(".")[0] in _STRUCTURE for key, _ in wrong):
+        raise UserError(problems)
+    completion = _Completion(resolved, origins, problems)
+    completion.note(fill_auto(resolved, facts))
+    try:
+        dims = ParallelDims(
+            world_size,
+            tp_size=get_value(resolved, "tensor_parallel.autotp_size") or 1,
+            pp_size=get_value(resolved, "pipeline.stages") or 1,
+            sp_size=get_value(resolved, "sequence_parallel_size") or 1,
+        )
+        batch = batching.solve_batch(
+            *(resolved.get(key) for key in (batching.GLOBAL, batching.MICRO, batching.ACCUMULATION)),
+            dp_size=dims.dp_size,
+            stored_global_batch=stored_global_batch,
+            max_micro_batch=facts.max_micro_batch,
+        )
+    except UserError as error:
+        raise UserError(problems + error.problems) from None
+    completion.fill_defaults(batch, dims)
+    completion.note(check_rules(resolved, dims, facts, batch))
+    if problems:
+        raise UserError(problems)
+    return ResolvedConfig(resolved, origins, dims, batch, facts, request)
+
+
+@dataclass
+class _Completion:
+    """The configuration while it is being completed; `config` and `origins` change in place."""
+
+    config: dict[str, Any]
+    origins: dict[str, str]
+    problems: list[str]
+
+    def set(self, key: str, value: Any, origin: str) -> None:
+        set_value(self.config, key, value)
+        self.origins[key] = origin
+
+    def note(self, outcome: tuple[list[str], dict[str, tuple[Any, str]]]) -> None:
+        """Take over (problems, {key: (value, reason)}); the value None drops the key."""
+        problems, repairs = outcome
+        self.problems += problems
+        for key, (value, reason) in repairs.items():
+            if value is None:
+                remove_value(self.config, key)
+                self.origins.pop(key, None)
+            else:
+                self.set(key, value, reason)
+
+    def fill_defaults(self, batch: batching.Batch, dims: ParallelDims) -> None:
+        """Make explicit what dstrain relies on."""
+        # DeepSpeed divides the batch by all ranks that its mpu does not take away; AutoTP has no mpu at that time.
+        counted = batch.global_batch * dims.tp_size
+        values = dict(
+            zip(
+                (batching.GLOBAL, batching.MICRO, batching.ACCUMULATION),
+                (counted, batch.micro_batch, batch.gradient_accumulation_steps),
+                strict=True,
+            )
+        )
+        for key, value in values.items():
+            origin = batch.origins.get(key, self.origins.get(key, "user"))
+            if key == batching.GLOBAL and dims.tp_size > 1:
+                origin = f"derived: {batch.global_batch} x {dims.tp_size}, since AutoTP counts its ranks as data ranks"
+            self.set(key, value, origin)
+        defaults: list[tuple[str, Any, str]] = [
+            ("zero_optimization.stage", 0, "default"),
+            ("gradient_clipping", 1.0, "default"),
+            ("steps_per_print", STEPS_PER_PRINT_NEVER, "derived: dstrain writes the metrics itself"),
+        ]
+        if (get_value(self.config, "zero_optimization.stage") or 0) > 0:
+            defaults.append(
+                ("data_types.grad_accum_dtype", "fp32", "derived: gradients accumulate in fp32 where DeepSpeed can")
+            )
+        for key, value, origin in defaults:
+            if get_value(self.config, key) is None:
+                self.set(key, value, origin)

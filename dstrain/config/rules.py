@@ -1,0 +1,2 @@
+"""thin"""
+def check_rules(config, dims, facts, batch): return [], {}
