@@ -1,0 +1,198 @@
+"""The order of samples, and the micro-batches of each step.
+
+The order is one global list, a pure function of the seed; ranks and micro-batches only divide it. So the samples of a
+step depend neither on the number of ranks nor on the accumulation, and a resumed run starts anywhere at no cost.
+"""
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from dstrain.data.packing import IGNORE, Samples
+
+MicroBatch = dict[str, torch.Tensor]
+_CHUNK = 4096  # positions whose order is computed at once: one call costs about as much as for a single position
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): uint64 -> uint64, every bit depends on every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+    """Entries start..stop of the permutation of range(num_samples) that belongs to (seed, epoch): int64.
+
+    A Feistel network of eight rounds over the next power of four, walked until it lands inside the range (Black and
+    Rogaway 2002): a bijection that costs memory and time only for the entries asked for, and never changes with the
+    version of NumPy.
+    """
+    half = np.uint64(max(2, ((num_samples - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    words = np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch, *range(8)], np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    keys = _mix(_mix(_mix(words[:1]) + words[1]) + words[2:])
+    out = np.arange(start, stop, dtype=np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        x = out[todo]
+        left, right = x >> half, x & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        out[todo] = x = (left << half) | right
+        todo = todo[x >= num_samples]
+    return out.astype(np.int64)
+
+
+class Order:
+    """The endless global order: epoch after epoch, each with its own permutation, without a gap between them."""
+
+    def __init__(self, num_samples: int, seed: int):
+        assert num_samples > 0, "no samples"
+        self.num_samples, self.seed = num_samples, seed
+        self._chunk_at = (-1, -1)
+        self._chunk = np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_samples)
+        start = offset - offset % _CHUNK
+        if self._chunk_at != (epoch, start):
+            stop = min(start + _CHUNK, self.num_samples)
+            self._chunk = epoch_order(self.num_samples, self.seed, epoch, start, stop)
+            self._chunk_at = (epoch, start)
+        return int(self._chunk[offset - start])
+
+
+def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int) -> MicroBatch:
+    """Rows of length n_i -> int64 tensors [len(rows), max n_i]; `attention_mask` only where rows are padded."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    longest, padded = max(lengths), min(lengths) < max(lengths)
+    fill = {"input_ids": pad_token_id, "labels": IGNORE, "position_ids": 0}
+    batch = {}
+    for name in rows[0]:
+        out = np.full((len(rows), longest), fill[name], np.int64) if padded else np.empty((len(rows), longest), np.int64)
+        for target, row, length in zip(out, rows, lengths, strict=True):
+            target[:length] = row[name]
+        batch[name] = torch.from_numpy(out)
+    if padded and "position_ids" not in batch:
+        batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    return batch
+
+
+def _step_plan(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
+    """Offsets into the step's samples of each of this rank's micro-batches."""
+    per_round = micro_batch * dp_size
+    assert global_batch % per_round == 0, f"{global_batch} is not a multiple of {micro_batch} x {dp_size}"
+    starts = range(dp_rank * micro_batch, global_batch, per_round)
+    return [range(start, start + micro_batch) for start in starts]
+
+
+def build_loader(
+    samples: Samples,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    samples_consumed: int = 0,
+    pad_token_id: int = 0,
+) -> "Loader":
+    """An endless iterator over steps; each item is the list of this rank's micro-batches of one step.
+
+    Step i reads positions samples_consumed + i * global_batch ... of the order; micro-batch k of rank r takes
+    micro_batch positions from (k * dp_size + r) * micro_batch on. Call `close()` (or use `with`) when done.
+    """
+    plan = _step_plan(global_batch, micro_batch, dp_rank, dp_size)
+
+    def steps() -> Iterator[list[MicroBatch]]:
+        order = Order(len(samples), seed)
+        for first in itertools.count(samples_consumed, global_batch):
+            yield [collate([samples[order[first + i]] for i in micro], pad_token_id) for micro in plan]
+
+    return Loader(steps())
+
+
+class Loader:
+    """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; the thread ends with `close`."""
+
+    def __init__(self, items: Iterator[list[MicroBatch]], depth: int = 4):
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_produce, args=(items, self._queue, self._stop), name="dstrain-loader", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, self._stop.set)
+        self._thread.start()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        if self._stop.is_set():
+            raise StopIteration
+        kind, value = self._queue.get()
+        if kind == "item":
+            return value
+        self._stop.set()
+        raise value
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _produce(items: Iterator[list[MicroBatch]], out: queue.Queue, stop: threading.Event) -> None:
+    def put(entry: tuple) -> None:
+        while not stop.is_set():
+            try:
+                return out.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    try:
+        for item in items:
+            put(("item", item))
+            if stop.is_set():
+                return
+        put(("error", StopIteration()))
+    except Exception as error:
+        put(("error", error))
+
+
+def eval_batches(
+    samples: Samples,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    max_batches: int | None = None,
+    pad_token_id: int = 0,
+) -> Iterator[list[MicroBatch]]:
+    """The samples in order, once, in whole global batches; each item as in `build_loader`.
+
+    The last batch is filled up with copies of the last sample that carry no loss, so every rank gets as many.
+    """
+    plan = _step_plan(global_batch, micro_batch, dp_rank, dp_size)
+    num_batches = -(-len(samples) // global_batch)
+    if max_batches is not None:
+        num_batches = min(num_batches, max_batches)
+
+    def sample(position: int) -> dict[str, np.ndarray]:
+        row = samples[min(position, len(samples) - 1)]
+        return row if position < len(samples) else row | {"labels": np.full_like(row["labels"], IGNORE)}
+
+    for first in range(0, num_batches * global_batch, global_batch):
+        yield [collate([sample(first + i) for i in micro], pad_token_id) for micro in plan]

@@ -1,0 +1,126 @@
+"""Tokenizers: any of Hugging Face's, the built-in byte-level one, and `TextEncoder`, which turns much text into ids."""
+
+import hashlib
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dstrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def build_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """A Hugging Face tokenizer by hub name or folder, or the built-in one for `bytes`.
+
+    Raises UserError when there is no such tokenizer or its files are broken.
+    """
+    if name == "bytes":
+        return _build_byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder with tokenizer files, a hub name, or bytes"
+        ) from None
+
+
+def _build_byte_tokenizer() -> "PreTrainedTokenizerBase":
+    """258 tokens: id = byte value, then <|endoftext|> = 256 and <|pad|> = 257; a vocabulary of any size >= 258 fits.
+
+    A byte-level BPE without merges, so that `save_pretrained` writes files which `AutoTokenizer` reads anywhere.
+    Special tokens written out in a text stay ordinary bytes: a corpus that quotes them cannot end a document.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    # The byte -> character table of GPT-2 (openai/gpt-2, src/encoder.py), which the ByteLevel parts are built on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    backend = Tokenizer(BPE(vocab={symbols[byte]: byte for byte in range(256)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        name_or_path="bytes",
+    )
+
+
+def num_token_ids(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Smallest vocabulary of a model that can take every id of the tokenizer (largest id + 1, added tokens included)."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id to pad with: any id will do, since padding carries neither attention nor loss."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
+
+
+class TextEncoder:
+    """Turns texts into arrays of ids, safe to call from several threads at once.
+
+    The tokenizers library releases the GIL, so threads use all cores, without the processes (and their copies of the
+    vocabulary) that `datasets.map(num_proc=...)` would start after the process group is up.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype(np.uint16 if num_token_ids(tokenizer) <= 2**16 else np.uint32)
+        self._backend = None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            from tokenizers import Tokenizer
+
+            # A copy: truncation and padding are settings of the tokenizer that was passed in, and change ids.
+            self._backend = Tokenizer.from_str(backend.to_str())
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = backend.encode_special_tokens
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text [n] without special tokens around them."""
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.asarray(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.asarray(ids, dtype=self.dtype) for ids in rows]
+
+    @cached_property
+    def affixes(self) -> tuple[np.ndarray, np.ndarray]:
+        """What stands before and after the ids of a document: the tokenizer's own special tokens, and always its EOS."""
+        probe = "a"
+        inner = self.encode([probe])[0].tolist()
+        whole = list(self.tokenizer(probe, add_special_tokens=True)["input_ids"])
+        starts = [i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner]
+        assert starts, f"special tokens change how {probe!r} is read: {inner} is not inside {whole}"
+        prefix, suffix = whole[: starts[0]], whole[starts[0] + len(inner) :]
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and (not suffix or suffix[-1] != eos):
+            suffix.append(eos)
+        return np.asarray(prefix, self.dtype), np.asarray(suffix, self.dtype)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of everything in the tokenizer that decides ids."""
+        if self._backend is not None:
+            content = self._backend.to_str() + str(self._backend.encode_special_tokens)
+        else:
+            content = json.dumps([type(self.tokenizer).__qualname__, sorted(self.tokenizer.get_vocab().items())])
+        affixes = [ids.tolist() for ids in self.affixes]
+        return hashlib.sha256(json.dumps([content, affixes]).encode()).hexdigest()
