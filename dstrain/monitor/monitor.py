@@ -183,7 +183,7 @@ class Monitor:
         return self._eval_lines
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint, plain JSON: the total and the open window, so that a resumed run writes the same lines."""
+        """For the checkpoint, plain JSON: total and open window, so that a resumed run writes the same lines."""
         window = self._window
         window.settle()
         kept = {name: getattr(window, name) for name in ("steps", "grad_norm", "tokens", "tokens_processed")}

@@ -1,4 +1,4 @@
-"""DeepSpeed's monitor blocks (tensorboard, wandb, csv_monitor, comet of the JSON), fed with what metrics.jsonl holds."""
+"""DeepSpeed's monitor blocks (tensorboard, wandb, csv_monitor, comet of the JSON), fed from metrics.jsonl's lines."""
 
 import math
 from typing import Any
