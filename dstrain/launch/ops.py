@@ -1,0 +1,244 @@
+"""Build DeepSpeed's C++ ops before a run needs them.
+
+    python -m dstrain.launch.ops --deepspeed_config ds_configs/zero2.json   # what this file needs
+    python -m dstrain.launch.ops                                            # every op that training uses here
+
+DeepSpeed compiles an op when a rank first asks for it: minutes without a message, while the other ranks wait on a file
+called `lock`. That file outlives a killed build, and then every later job waits for ever.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import ExitCode, UserError
+
+# Builder -> seconds that its build takes on two cores, as measured with deepspeed 0.19.8 and g++ 12 (CPU).
+CPU_BUILDERS = {
+    "ShareMemCommBuilder": 20,
+    "FusedAdamBuilder": 45,
+    "CPUAdamBuilder": 45,
+    "CPUAdagradBuilder": 30,
+    "CPULionBuilder": 45,
+    "PinMemoryBuilder": 15,
+    "AsyncIOBuilder": 75,
+}
+CUDA_BUILDERS = {
+    "FusedAdamBuilder": 60,
+    "CPUAdamBuilder": 60,
+    "CPUAdagradBuilder": 40,
+    "CPULionBuilder": 60,
+    "FusedLionBuilder": 60,
+    "FusedLambBuilder": 60,
+    "PinMemoryBuilder": 20,
+    "AsyncIOBuilder": 90,
+}
+# File systems that other hosts write too: their builders are not in this host's process table.
+_SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "fuse.sshfs", "9p", "afs")
+_FOREIGN_BUILD_S = 1800.0
+
+
+@dataclass(frozen=True)
+class BuiltOp:
+    """One op that is ready to load; `seconds` is 0 if it was up to date."""
+
+    name: str
+    seconds: float
+
+
+def required_builders(config: dict[str, Any], device: str) -> list[str]:
+    """The op builders that a DeepSpeed configuration makes DeepSpeed load.
+
+    config: the DeepSpeed JSON. device: "cpu" or "cuda". Follows `DeepSpeedEngine._configure_basic_optimizer`,
+    `TorchBackend.__init__` and the tensor swappers of deepspeed 0.19.8.
+    """
+    zero = config.get("zero_optimization") or {}
+    offloads = [(zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")]
+    on_cpu = offloads[0] in ("cpu", "nvme")
+    optimizer = config.get("optimizer") or {}
+    kind = str(optimizer.get("type", "AdamW")).lower()
+    builders = ["ShareMemCommBuilder"] if device == "cpu" else []
+    if kind in ("adam", "adamw", "muon") and not (optimizer.get("params") or {}).get("torch_adam"):
+        builders.append("CPUAdamBuilder" if on_cpu else "FusedAdamBuilder")
+    elif kind == "adagrad" and on_cpu:
+        builders.append("CPUAdagradBuilder")
+    elif kind == "lion":
+        builders.append("CPULionBuilder" if on_cpu else "FusedLionBuilder")
+    elif kind == "lamb":
+        builders.append("FusedLambBuilder")
+    if "nvme" in offloads:
+        builders += ["PinMemoryBuilder", "AsyncIOBuilder"]
+    return [name for name in builders if name in (CPU_BUILDERS if device == "cpu" else CUDA_BUILDERS)]
+
+
+def extensions_root() -> Path:
+    """The folder of all compiled ops of this environment (`TORCH_EXTENSIONS_DIR`, or PyTorch's default)."""
+    import torch
+    from torch.utils.cpp_extension import get_default_build_root
+
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root)
+    cuda = torch.version.cuda
+    accelerator = "cpu" if cuda is None else "cu" + cuda.replace(".", "")
+    return Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_{accelerator}"
+
+
+def use_own_ninja() -> None:
+    """Put this environment's programs first on this process's PATH.
+
+    PyTorch starts whichever `ninja` comes first, and one of another version compiles every op anew.
+    """
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = own + os.pathsep + path
+
+
+def lock_holder(lock: Path) -> int | None:
+    """The process on this host that builds under `lock`, or None.
+
+    A builder keeps the lock file open until it is done (`torch.utils.file_baton.FileBaton`).
+    """
+    target = str(lock.resolve())
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if any(os.readlink(entry.path) == target for entry in os.scandir(f"/proc/{pid}/fd")):
+                return int(pid)
+        except OSError:  # it ended meanwhile, or belongs to another user
+            continue
+    return None
+
+
+def _is_shared_between_hosts(path: Path) -> bool:
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    under = [(mount, kind) for mount, kind in mounts if path.resolve().is_relative_to(mount)]
+    return max(under, default=("", ""), key=lambda item: len(item[0]))[1] in _SHARED_FILE_SYSTEMS
+
+
+def remove_stale_locks(root: Path | None = None, say: Callable[[str], None] = print) -> list[Path]:
+    """Delete the lock files of builds that no longer run, and say so.
+
+    On a file system that other hosts see, a lock must also be older than half an hour.
+    """
+    root = extensions_root() if root is None else root
+    removed = []
+    for lock in sorted(root.glob("*/lock")):
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+            if lock_holder(lock) is None and not (age_s < _FOREIGN_BUILD_S and _is_shared_between_hosts(lock)):
+                lock.unlink()
+                say(f"removed {lock}: the build that left it is gone")
+                removed.append(lock)
+        except FileNotFoundError:
+            continue
+    return removed
+
+
+def missing_for_builds(builders: Iterable[str]) -> list[str]:
+    """One line per system package that building `builders` needs and this machine lacks."""
+    problems = []
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        problems.append(f"no C++ compiler ({compiler}) to build DeepSpeed's ops: apt-get install g++")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        problems.append("no Python.h to build DeepSpeed's ops: apt-get install python3-dev")
+    if shutil.which("ninja") is None:
+        problems.append("no `ninja` to build DeepSpeed's ops: pip install ninja")
+    if not problems and "AsyncIOBuilder" in builders and not _builder("AsyncIOBuilder").is_compatible(verbose=False):
+        problems.append("no libaio, which NVMe offload needs: apt-get install libaio-dev")
+    return problems
+
+
+def _builder(name: str):
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(name)
+    assert builder is not None, f"deepspeed has no {name}"
+    return builder
+
+
+def is_built(op: str, root: Path) -> bool:
+    """Whether `op` was compiled from this environment's own sources; another environment's are compiled anew."""
+    import deepspeed
+
+    recipe = root / op / "build.ninja"
+    sources = str(Path(deepspeed.__file__).parent)
+    return (root / op / f"{op}.so").exists() and recipe.exists() and sources in recipe.read_text()
+
+
+def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> list[BuiltOp]:
+    """Compile what is missing of `builders`, one after another in this process. Returns all of them.
+
+    Raises UserError for a missing system package or a failed build.
+    """
+    import torch
+
+    builders, root = list(builders), extensions_root()
+    use_own_ninja()
+    if problems := missing_for_builds(builders):
+        raise UserError(problems)
+    remove_stale_locks(root, say)
+    usual_s = CUDA_BUILDERS if torch.cuda.is_available() else CPU_BUILDERS
+    built = []
+    for name in builders:
+        builder = _builder(name)
+        library = root / builder.name / f"{builder.name}.so"
+        before = library.stat().st_mtime_ns if library.exists() else None
+        if not is_built(builder.name, root):
+            lock = root / builder.name / "lock"
+            if lock.exists() and (pid := lock_holder(lock)) is not None:
+                say(f"{builder.name}: process {pid} is building it, waiting")
+            say(f"building {builder.name} (once; about {usual_s[name]} s on two cores) into {root / builder.name}")
+        start = time.monotonic()
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError, OSError) as error:
+            raise UserError(f"DeepSpeed's op {builder.name} does not build: {_last_error(str(error))}") from error
+        unchanged = library.exists() and library.stat().st_mtime_ns == before
+        seconds = 0.0 if unchanged else time.monotonic() - start
+        if not unchanged:
+            say(f"built {builder.name} in {seconds:.0f} s")
+        built.append(BuiltOp(builder.name, seconds))
+    return built
+
+
+def _last_error(output: str) -> str:
+    """The compiler's own line out of a build's output."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line.lower()), lines[-1] if lines else "no output")[:400]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dstrain.launch.ops", description="Build DeepSpeed's C++ ops.")
+    parser.add_argument("--deepspeed_config", help="build what this DeepSpeed JSON needs (default: every op)")
+    args = parser.parse_args(argv)
+    try:
+        import torch
+
+        from dstrain.config import load_config
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if args.deepspeed_config is not None:
+            builders = required_builders(load_config(args.deepspeed_config), device)
+        else:
+            builders = list(CUDA_BUILDERS if device == "cuda" else CPU_BUILDERS)
+            if missing := missing_for_builds(["AsyncIOBuilder"]):
+                print(f"left out async_io: {missing[0]}")
+                builders = [name for name in builders if name not in ("PinMemoryBuilder", "AsyncIOBuilder")]
+        ops = build_ops(builders)
+    except UserError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return ExitCode.USER_ERROR
+    spent = sum(op.seconds for op in ops)
+    print(f"{len(ops)} ops ready ({', '.join(op.name for op in ops)})" + (f", built in {spent:.0f} s" if spent else ""))
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
