@@ -4,37 +4,13 @@ import os
 import random
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among all, as its launcher set the environment. Without one: a single process."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        )
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def is_main_on_host(self) -> bool:
-        return self.local_rank == 0
+from dstrain.parallel import Launch
 
 
 def _free_port() -> int:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dstrain.config.resolve import ResolvedConfig
+from dstrain.config import ResolvedConfig, read_effective
 from dstrain.errors import UserError
-from dstrain.models.loss import LossHead, check_loss_head, token_loss
+from dstrain.models.loss import LossHead, token_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -157,13 +157,12 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
         config=resolved.deepspeed,
         dist_init_required=False,
     )
-    problems = resolved.compare_effective(effective_settings(engine))
+    problems = resolved.compare_effective(read_effective(engine))
     if problems:
         raise UserError(problems)
     head = install_fused_loss(model)
     result = ZeroEngine(engine, head, resolved)
     engine.eval()
-    head.reason = check_loss_head(engine, head, model.config.get_text_config().vocab_size)
     if compile == "layer":
         for layer in decoder_layers(model):
             layer.compile()
@@ -175,24 +174,3 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest list of modules: a decoder's layers."""
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def effective_settings(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What the built engine really does, under the names of the JSON's dotted keys."""
-    offload_optimizer, offload_param = engine.zero_offload_optimizer(), engine.zero_offload_param()
-    return {
-        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
-        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
-        "gradient_clipping": engine.gradient_clipping(),
-        "zero_optimization.stage": engine.zero_optimization_stage(),
-        "zero_optimization.offload_optimizer.device": str(offload_optimizer.device.value) if offload_optimizer else None,
-        "zero_optimization.offload_param.device": str(offload_param.device.value) if offload_param else None,
-        "bf16.enabled": bool(engine.bfloat16_enabled()),
-        "fp16.enabled": bool(engine.fp16_enabled()),
-        "optimizer.type": type(engine.basic_optimizer).__name__,
-        "scheduler.type": type(engine.lr_scheduler).__name__ if engine.lr_scheduler else None,
-        "data_parallel_size": engine.dp_world_size,
-        "model_dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
-    }
-
-

@@ -1,9 +1,10 @@
-"""The rank grid: sizes of every kind of parallelism and where one rank stands in it. Pure arithmetic.
+"""The rank grid: sizes of every kind of parallelism and where one rank stands in it. Arithmetic, and the launcher's variables.
 
 Ranks are laid out as DeepSpeed lays them out: pipeline stage outermost, then data parallel, then sequence or tensor
 parallel innermost (`PipeDataParallelTopology`, `initialize_sequence_parallel`, AutoTP's groups in deepspeed 0.19).
 """
 
+import os
 from dataclasses import dataclass
 
 from dstrain.errors import UserError
@@ -55,3 +56,28 @@ class ParallelDims:
     def pp_rank(self, rank: int) -> int:
         """The pipeline stage of this rank."""
         return rank // (self.tp_size * self.sp_size * self.dp_size)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all, as its launcher set the environment. Without one: a single process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_main_on_host(self) -> bool:
+        return self.local_rank == 0

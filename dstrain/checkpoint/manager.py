@@ -23,9 +23,12 @@ _NAME = re.compile(r"step_(\d{8})$")
 class TrainState:
     """What a run must know besides the engine's weights, moments and schedule to go on as if uninterrupted."""
 
-    step: int = 0
+    step: int = 0  # completed optimizer steps
     samples_consumed: int = 0
-    tokens_total: int = 0  # processed
+
+    def advance(self, samples: int, *, skipped: bool) -> "TrainState":
+        """After one global batch. One that the fp16 scaler skipped used its samples but is no step."""
+        return TrainState(self.step + (not skipped), self.samples_consumed + samples)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,11 @@ class CheckpointManager:
     def is_due(self, step: int) -> bool:
         return self.save_steps > 0 and step % self.save_steps == 0
 
-    def save(self, state: TrainState) -> SaveStats | None:
-        """Write a checkpoint after `state.step` steps; None when that step is already saved. A collective."""
+    def save(self, state: TrainState, extra: dict[str, Any]) -> SaveStats | None:
+        """Write a checkpoint after `state.step` steps; None when that step is already saved. A collective.
+
+        extra: plain JSON that `load` gives back.
+        """
         if self.saved_step == state.step:
             return None
         start = time.perf_counter()
@@ -83,7 +89,7 @@ class CheckpointManager:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         distributed.barrier()
-        self.engine.save_checkpoint(str(temporary), tag="engine", client_state=asdict(state), save_latest=False)
+        self.engine.save_checkpoint(str(temporary), tag="engine", client_state={**asdict(state), "extra": extra}, save_latest=False)
         torch.save(_random_states(), temporary / f"random_{distributed.Launch.from_environment().rank:05d}.pt")
         distributed.barrier()
         if self.main:
@@ -100,17 +106,17 @@ class CheckpointManager:
         size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file()) if self.main else 0
         return SaveStats(size, total, total)
 
-    def load(self, path: Path) -> TrainState:
-        """Restore engine, schedule and random states from a committed checkpoint. A collective."""
+    def load(self, path: Path) -> tuple[TrainState, dict[str, Any]]:
+        """Restore engine, schedule and random states from a committed checkpoint; returns what was saved. A collective."""
         loaded, client = self.engine.load_checkpoint(str(path), tag="engine")
         if loaded is None:
             raise UserError(f"{path} cannot be loaded: it holds no engine state for this layout")
         own = path / f"random_{distributed.Launch.from_environment().rank:05d}.pt"
         if own.exists():
             _restore_random_states(torch.load(own, weights_only=False))
-        state = TrainState(**{name: client[name] for name in ("step", "samples_consumed", "tokens_total")})
+        state = TrainState(client["step"], client["samples_consumed"])
         self.saved_step = state.step
-        return state
+        return state, client["extra"]
 
     def _retain(self) -> None:
         if self.save_total_limit:

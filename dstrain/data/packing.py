@@ -1,6 +1,8 @@
-"""Samples: how the tokens of documents become the rows of a batch. Pure functions of a token store; numpy only."""
+"""Samples: how the tokens of documents become the rows of a batch. Pure functions of a token store; NumPy only."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
+from functools import cached_property
 
 import numpy as np
 
@@ -9,24 +11,47 @@ from dstrain.data.store import TokenStore
 IGNORE = -100
 
 
-class Samples(Protocol):
+class Samples(ABC):
     """A fixed list of samples.
 
     `samples[i]` is a dict of int64 arrays of one length n <= block_size: `input_ids`, `labels` (not shifted, as in
-    Hugging Face; -100: no loss), and `position_ids` where several documents share the sample.
-    `num_tokens` is the sum of all n; `num_label_tokens` counts what a next-token loss counts (labels[1:] != -100).
+    Hugging Face; -100: no loss), and `position_ids` where documents that do not see each other share the sample.
+
+    token_counts: int64 [len], the n of every sample; label_counts: int64 [len], the tokens of each that a next-token
+    loss counts (labels[1:] != -100).
     """
 
     block_size: int
-    num_tokens: int
-    num_label_tokens: int
+    token_counts: np.ndarray
+    label_counts: np.ndarray
 
-    def __len__(self) -> int: ...
-
+    @abstractmethod
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
+    def __len__(self) -> int:
+        return len(self.token_counts)
 
-class BlockSamples:
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.token_counts.sum())
+
+    @cached_property
+    def num_label_tokens(self) -> int:
+        return int(self.label_counts.sum())
+
+
+class Subset(Samples):
+    """Some of the samples. indices: int64 [len]."""
+
+    def __init__(self, samples: Samples, indices: np.ndarray):
+        self.samples, self.indices, self.block_size = samples, indices, samples.block_size
+        self.token_counts, self.label_counts = samples.token_counts[indices], samples.label_counts[indices]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.samples[int(self.indices[index])]
+
+
+class BlockSamples(Samples):
     """Documents laid end to end and cut every `block_size` tokens, as Hugging Face's `run_clm.py` does.
 
     The rest shorter than a block is dropped, unless it is all there is. Blocks are arithmetic: no index is stored.
@@ -35,26 +60,165 @@ class BlockSamples:
 
     def __init__(self, store: TokenStore, documents: np.ndarray, block_size: int):
         self.store, self.documents, self.block_size = store, documents, block_size
-        self._ends = np.cumsum(store.lengths[documents])
+        self._lengths = store.lengths[documents]
+        self._ends = np.cumsum(self._lengths)
         total = int(self._ends[-1]) if len(documents) else 0
         self._length = min(total, block_size)
-        self._count = total // block_size if total >= block_size else int(total > 0)
-        self.num_tokens = self._count * self._length
-        self.num_label_tokens = self._count * (self._length - 1)
-
-    def __len__(self) -> int:
-        return self._count
+        count = total // block_size if total >= block_size else int(total > 0)
+        self.token_counts = np.broadcast_to(np.int64(self._length), count)
+        self.label_counts = np.broadcast_to(np.int64(self._length - 1), count)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < self._count:
+        if not 0 <= index < len(self):
             raise IndexError(index)
         input_ids = np.empty(self._length, np.int64)
         filled, position = 0, index * self._length
         which = int(np.searchsorted(self._ends, position, side="right"))
         while filled < self._length:
-            document = self.documents[which]
-            begin = self.store.offsets[document] + position - (self._ends[which] - self.store.lengths[document])
-            take = min(self._length - filled, int(self._ends[which]) - position)
+            end = int(self._ends[which])
+            take = min(self._length - filled, end - position)
+            begin = int(self.store.offsets[self.documents[which]] + self._lengths[which]) - (end - position)
             input_ids[filled : filled + take] = self.store.tokens[begin : begin + take]
             filled, position, which = filled + take, position + take, which + 1
         return {"input_ids": input_ids, "labels": input_ids.copy()}
+
+
+class RowSamples(Samples):
+    """One document a sample, cut at `block_size`; a prompt carries no loss. Rows without a token to learn are left out.
+
+    num_cut: rows longer than a block; num_without_loss: rows left out.
+    """
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, block_size: int):
+        self.store, self.block_size = store, block_size
+        ends = np.minimum(store.lengths[documents], block_size)
+        first = _first_labels(store, documents)
+        keep = first < ends
+        self.documents, self._first = documents[keep], first[keep]
+        self.token_counts = ends[keep]
+        self.label_counts = self.token_counts - self._first
+        self.num_cut = int((store.lengths[self.documents] > block_size).sum())
+        self.num_without_loss = int((~keep).sum())
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin = int(self.store.offsets[self.documents[index]])
+        input_ids = self.store.tokens[begin : begin + int(self.token_counts[index])].astype(np.int64)
+        labels = input_ids.copy()
+        # The first token of plain text has no predecessor: its label never counts, and stays as in run_clm.
+        if self.store.completions is not None:
+            labels[: self._first[index]] = IGNORE
+        return {"input_ids": input_ids, "labels": labels}
+
+
+def _first_labels(store: TokenStore, documents: np.ndarray) -> np.ndarray:
+    """Position inside each document of the first token that a loss can count: never 0, which has no predecessor."""
+    if store.completions is None:
+        return np.ones(len(documents), np.int64)
+    return np.maximum(store.completions[documents], 1)
+
+
+class PackedSamples(Samples):
+    """Blocks filled with whole documents that do not see each other.
+
+    `position_ids` begin at 0 with each document, which is how Hugging Face's attention functions tell documents apart
+    (when there is no attention_mask); a document's first token carries no loss, so that no prediction crosses over.
+
+    pieces: int64 [p, 4] from `pack_documents`, sorted by pack.
+    """
+
+    def __init__(self, store: TokenStore, pieces: np.ndarray, block_size: int):
+        self.store, self.pieces, self.block_size = store, pieces, block_size
+        is_start = np.diff(pieces[:, 0], prepend=-1) != 0
+        starts = np.flatnonzero(is_start)
+        self._bounds = np.append(starts, len(pieces))
+        self.token_counts = np.add.reduceat(pieces[:, 2], starts) if len(starts) else np.empty(0, np.int64)
+        self.label_counts = self.token_counts - (np.add.reduceat(pieces[:, 3], starts) if len(starts) else 0)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        length = int(self.token_counts[index])
+        input_ids, position_ids = np.empty(length, np.int64), np.empty(length, np.int64)
+        masked = np.zeros(length, bool)
+        filled = 0
+        for _, begin, take, first in self.pieces[self._bounds[index] : self._bounds[index + 1]].tolist():
+            input_ids[filled : filled + take] = self.store.tokens[begin : begin + take]
+            position_ids[filled : filled + take] = np.arange(take)
+            masked[filled : filled + first] = True
+            filled += take
+        return {
+            "input_ids": input_ids,
+            "labels": np.where(masked, IGNORE, input_ids),
+            "position_ids": position_ids,
+        }
+
+
+def pack_documents(store: TokenStore, documents: np.ndarray, block_size: int) -> np.ndarray:
+    """Put documents into as few blocks as best-fit decreasing finds: int64 [p, 4], a row per piece of a document.
+
+    Columns: pack, begin (in the store's tokens), length, first (the position in the piece of its first label).
+    Plain documents longer than a block are cut into blocks and a rest; prompt rows are cut off at the block, since a
+    rest would have lost its prompt. Pieces without a label are left out, hence every piece has at least two tokens.
+    """
+    lengths, begins = store.lengths[documents], np.asarray(store.offsets)[documents]
+    firsts = _first_labels(store, documents)
+    if store.completions is not None:
+        lengths = np.minimum(lengths, block_size)
+    else:
+        counts = -(-lengths // block_size)
+        part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        lengths = np.minimum(np.repeat(lengths, counts) - part * block_size, block_size)
+        begins = np.repeat(begins, counts) + part * block_size
+        firsts = np.ones(len(part), np.int64)
+    keep = firsts < lengths
+    lengths, begins, firsts = lengths[keep], begins[keep], firsts[keep]
+    packs = best_fit_decreasing(lengths, block_size)
+    # Packs are numbered by their first document, documents keep their order inside a pack.
+    first_of_pack = np.full(len(lengths), len(lengths))
+    np.minimum.at(first_of_pack, packs, np.arange(len(packs)))
+    order = np.lexsort((np.arange(len(packs)), first_of_pack[packs]))
+    ranked = np.cumsum(np.diff(first_of_pack[packs][order], prepend=-1) != 0) - 1
+    return np.stack([ranked, begins[order], lengths[order], firsts[order]], axis=1).astype(np.int64)
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Bin of each item, int64 [n]: longest items first, each into the fullest bin that has room (Johnson 1973).
+
+    lengths: int64 [n], each in 1..capacity. Works on all items of one length at once, so the cost grows with the
+    number of distinct lengths, not with n (beyond the sort).
+    """
+    assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
+    bins = np.empty(len(lengths), np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if len(order) else []
+    rooms: list[int] = []  # room left, sorted; bins_with[room] are the bins
+    bins_with: dict[int, list[np.ndarray]] = {}
+    num_bins = 0
+
+    def put_back(room: int, which: np.ndarray) -> None:
+        if room and len(which):
+            if room not in bins_with:
+                bins_with[room] = []
+                insort(rooms, room)
+            bins_with[room].append(which)
+
+    for items in groups:
+        length = int(lengths[items[0]])
+        while len(items):
+            at = bisect_left(rooms, length)
+            if at < len(rooms):
+                room = rooms.pop(at)
+                stock = bins_with.pop(room)
+                available = stock[0] if len(stock) == 1 else np.sort(np.concatenate(stock))
+            else:
+                room = capacity
+                available = np.arange(num_bins, num_bins + -(-len(items) // (room // length)))
+                num_bins += len(available)
+            # A bin that takes one item of this length is then the fullest with room for the next: fill it up.
+            each = room // length
+            used = min(-(-len(items) // each), len(available))
+            here, items = items[: used * each], items[used * each :]
+            bins[here] = np.repeat(available[:used], each)[: len(here)]
+            in_last = len(here) - (used - 1) * each
+            put_back(room - each * length, available[: used - 1])
+            put_back(room - in_last * length, available[used - 1 : used])
+            put_back(room, available[used:])
+    return bins

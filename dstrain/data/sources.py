@@ -1,27 +1,71 @@
-"""Where documents come from: the built-in corpus, local files, the hub.
+"""Where documents come from: the built-in corpus, local files, the hub."""
 
-A source yields documents: `(text,)`, or `(prompt, completion)` where only the completion carries loss.
-"""
-
+import difflib
+import glob
 import hashlib
+import json
+import os
 import sysconfig
+import time
+import tokenize
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-Document = tuple[str] | tuple[str, str]
+from dstrain.arguments import DataArguments
+from dstrain.data.columns import Document, choose_columns, read_row
+from dstrain.data.files import file_kind, read_file
+from dstrain.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Source(Protocol):
-    """`sha256` is of the content alone: the same bytes under another name are the same data."""
+    """Documents in a fixed order.
+
+    sha256: of the content and of how it is read, not of names or places: the same bytes elsewhere are the same data.
+    split_seeded: whether the held-out documents are drawn anew for each seed.
+    """
 
     description: str
+    split_seeded: bool
 
     @property
     def sha256(self) -> str: ...
 
     def documents(self) -> Iterator[Document]: ...
+
+
+def build_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source | None]:
+    """(training, validation or None) as the flags say. Raises UserError with every problem found."""
+    if dargs.streaming:
+        raise UserError("--streaming is not there yet: leave it out (data are memory-mapped, not held in memory)")
+    problems: list[str] = []
+    train: Source | None = None
+    validation: Source | None = None
+    try:
+        if dargs.dataset_name:
+            train, validation = _hub_sources(dargs, cache_dir)
+        elif dargs.train_file:
+            files = find_files(dargs.train_file, "--train_file")
+            train = FileSource(files, dargs.text_column, dargs.max_train_samples, cache_dir)
+        else:
+            train = BuiltinCorpus(dargs.max_train_samples)
+    except UserError as error:
+        problems += error.problems
+    try:
+        if dargs.validation_file:
+            files = find_files(dargs.validation_file, "--validation_file")
+            validation = FileSource(files, dargs.text_column, None, cache_dir)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    assert train is not None
+    return train, validation
 
 
 # Tests, programs with example data, and what differs between builds of one and the same Python.
@@ -30,33 +74,179 @@ _GENERATED = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 
 
 class BuiltinCorpus:
-    """The Python standard library's own sources, one document a file: about 600 files, 11 MB, on every machine."""
+    """The Python standard library's own sources, one document a file: about 600 files, 11 MB, on every machine.
+
+    Its held-out documents are the same for every seed, so that figures of different runs can be compared.
+    """
+
+    split_seeded = False
 
     def __init__(self, max_documents: int | None = None):
         self.root = Path(sysconfig.get_paths()["stdlib"])
         self.max_documents = max_documents
-        self.description = f"built-in corpus: sources of Python {sysconfig.get_python_version()}'s standard library"
+        self.description = f"built-in corpus: standard library sources of Python {sysconfig.get_python_version()}"
 
     @cached_property
-    def _files(self) -> list[tuple[str, bytes]]:
-        names = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*.py"))
+    def _files(self) -> list[Path]:
         files = []
-        for name in names:
-            parts = name.split("/")
-            if _NOT_CORPUS.isdisjoint(parts) and not any(part.startswith(_GENERATED) for part in parts):
-                files.append((name, (self.root / name).read_bytes()))
-        return files[: self.max_documents]
+        for folder, subfolders, names in os.walk(self.root):
+            subfolders[:] = [n for n in subfolders if n not in _NOT_CORPUS and not n.startswith(_GENERATED)]
+            files += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith(_GENERATED)]
+        return sorted(files, key=lambda file: file.relative_to(self.root).parts)[: self.max_documents]
 
     @cached_property
     def sha256(self) -> str:
         digest = hashlib.sha256(b"builtin")
-        for name, content in self._files:
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        for file in self._files:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(self.root).as_posix()}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
-        for name, content in self._files:
-            try:
-                yield (content.decode("utf-8"),)
-            except UnicodeDecodeError:  # a handful of files declare another encoding
-                yield (content.decode("latin-1"),)
+        for file in self._files:
+            with tokenize.open(file) as text:  # in the encoding that the file declares
+                yield (text.read(),)
+
+
+def find_files(patterns: list[str], flag: str) -> list[Path]:
+    """Files, folders and globs -> files, in the order given and sorted inside each. Raises UserError.
+
+    A folder stands for its files of a known suffix, at any depth; files of other suffixes need a glob or their name.
+    """
+    files: list[Path] = []
+    problems = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if p.is_file() and file_kind(p)[0] and not _hidden(p, path)]
+            if not found:
+                problems.append(f"{flag} {pattern} is a folder without .txt, .jsonl, .json, .csv or .parquet files")
+        elif path.exists():
+            found = [path]
+        else:
+            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+            if not found:
+                problems.append(f"{flag} {pattern} matches no file{_similar_name(path)}")
+        files += found
+    repeated = sorted({str(p) for p in files if files.count(p) > 1}) if len(set(files)) < len(files) else []
+    problems += [f"{flag} names {p} twice: it would be read twice" for p in repeated[:5]]
+    if problems:
+        raise UserError(problems)
+    return files
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _similar_name(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}"
+    close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    return f": did you mean {path.parent / close[0]}?" if close else ": check the path"
+
+
+class FileSource:
+    """Local files, one after another. See `files.py` for what is a document in each format."""
+
+    split_seeded = True
+
+    def __init__(self, files: list[Path], text_column: str | None, max_documents: int | None, cache_dir: Path):
+        self.files, self.text_column, self.max_documents = files, text_column, max_documents
+        self._cache_dir = cache_dir
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        self.description = f"{files[0]}{more}"
+
+    @cached_property
+    def sha256(self) -> str:
+        contents = [(file_kind(file), file_sha256(file, self._cache_dir)) for file in self.files]
+        return _hash_json(["files", contents, self.text_column, self.max_documents])
+
+    def documents(self) -> Iterator[Document]:
+        rows = (row for file in self.files for row in read_file(file, self.text_column))
+        return islice(rows, self.max_documents)
+
+
+def file_sha256(path: Path, cache_dir: Path) -> str:
+    """Hash of the file's bytes; remembered under its path, size and modification time, so that a start stays quick."""
+    status = _stat(path)
+    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    memo = cache_dir / "hashes" / f"{_hash_json(stamp)[:32]}.txt"
+    if memo.exists():
+        return memo.read_text()
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if time.time() - status.st_mtime > 2:  # a younger file may still change within the clock's resolution
+        write_text(memo, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _hub_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source | None]:
+    name, config = dargs.dataset_name, dargs.dataset_config_name
+    assert name is not None
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        splits = datasets.load_dataset(name, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
+        raise UserError(
+            f"--dataset_name {name}{f' ({config})' if config else ''} cannot be loaded ({reason}): "
+            "name a hub dataset or a local folder in hub layout"
+        ) from None
+    if "train" not in splits:
+        raise UserError(f"--dataset_name {name} has no split train: its splits are {', '.join(splits)}")
+    train = HubSource(name, splits["train"], "train", dargs.text_column, dargs.max_train_samples, cache_dir)
+    if "validation" not in splits:
+        return train, None
+    return train, HubSource(name, splits["validation"], "validation", dargs.text_column, None, cache_dir)
+
+
+class HubSource:
+    """One split of a dataset of the hub, or of a local folder in hub layout, through the `datasets` library."""
+
+    split_seeded = True
+
+    def __init__(
+        self, name: str, rows: "Dataset", split: str, text_column: str | None, max_documents: int | None, cache_dir: Path
+    ):
+        self._where = f"{name} ({split})"
+        types = {column: getattr(f, "dtype", None) in ("string", "large_string") for column, f in rows.features.items()}
+        self._columns = choose_columns(f"--dataset_name {self._where}", types, text_column)
+        self._rows = rows.select_columns(list(self._columns))
+        self._max_documents, self._cache_dir = max_documents, cache_dir
+        self.description = f"dataset {self._where}"
+
+    @cached_property
+    def sha256(self) -> str:
+        contents = [file_sha256(Path(file["filename"]), self._cache_dir) for file in self._rows.cache_files]
+        return _hash_json(["hub", contents, self._columns, self._max_documents])
+
+    def documents(self) -> Iterator[Document]:
+        rows = islice(enumerate(self._rows, 1), self._max_documents)
+        return (read_row(f"{self._where} row {number}", row, self._columns) for number, row in rows)

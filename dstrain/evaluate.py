@@ -1,0 +1,30 @@
+"""Loss of held-out text, over whole global batches, so that any number of ranks gives the same figure."""
+
+from typing import Any
+
+from dstrain.config import ResolvedConfig
+
+
+def held_out_loss(
+    engine: Any, samples: Any, resolved: ResolvedConfig, rank: int, *, max_batches: int | None, pad_token_id: int
+) -> tuple[float, int]:
+    """Mean loss per label token in nats, and the number of label tokens. A collective.
+
+    engine: an `Engine`; samples: the held-out `Samples`; max_batches: global batches at most.
+    """
+    from dstrain.data.loader import eval_batches
+
+    loss_sum, tokens = 0.0, 0.0
+    for batches in eval_batches(
+        samples,
+        global_batch=resolved.global_batch,
+        micro_batch=resolved.micro_batch,
+        dp_rank=resolved.parallel.dp_rank(rank),
+        dp_size=resolved.parallel.dp_size,
+        max_batches=max_batches,
+        pad_token_id=pad_token_id,
+    ):
+        batch_loss, batch_tokens = engine.eval_batch(batches)
+        loss_sum += float(batch_loss)
+        tokens += float(batch_tokens)
+    return loss_sum / max(tokens, 1.0), int(tokens)
