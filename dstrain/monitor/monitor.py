@@ -187,11 +187,12 @@ class Monitor:
         window = self._window
         window.settle()
         kept = {name: getattr(window, name) for name in ("steps", "grad_norm", "tokens", "tokens_processed")}
-        return {"tokens_total": self._tokens_total, "window": {**kept, "sums": dict(window.sums)}}
+        return {"step": self._step, "tokens_total": self._tokens_total, "window": {**kept, "sums": dict(window.sums)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Returns the number of steps in the restored window, for `truncate_to_step`."""
-        self._tokens_total = state["tokens_total"]
+        self._step, self._tokens_total = state["step"], state["tokens_total"]
+        self._progress.start(self._step)
         self._window = _Window(**{**state["window"], "sums": dict(state["window"]["sums"])})
         return self._window.steps
 

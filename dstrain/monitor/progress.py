@@ -11,7 +11,7 @@ class NullProgress:
     """Shows nothing: every rank but the first. The interface of the others."""
 
     def start(self, step: int = 0) -> None:
-        """Training begins with `step` steps done."""
+        """Training begins with `step` steps done; without this call it begins with the first `advance`."""
 
     def advance(self, step: int) -> None:
         """A step was completed."""
@@ -119,13 +119,17 @@ class RichProgress(NullProgress):
             # A resumed run starts in the middle and evaluations pause it: the estimate follows the last half minute.
             speed_estimate_period=30.0,
         )
+        self._started = False
         self._task = self._progress.add_task("train", total=total_steps, loss="-", speed="-", mfu="-", memory="-")
 
     def start(self, step: int = 0) -> None:
+        self._started = True
         self._progress.update(self._task, completed=step)
         self._progress.start()
 
     def advance(self, step: int) -> None:
+        if not self._started:
+            self.start(step - 1)
         self._progress.update(self._task, completed=step)
 
     def show_train(self, line: dict[str, Any]) -> None:
