@@ -20,7 +20,9 @@ def load_model_config(margs: ModelArguments) -> PreTrainedConfig:
     """
     name = margs.model_name_or_path or margs.config_name
     if name is None:
-        raise UserError("no model is named: give --config_name to train from scratch or --model_name_or_path to continue")
+        raise UserError(
+            "no model is named: give --config_name to train from scratch or --model_name_or_path to continue"
+        )
     if name.endswith(".json"):
         values = json.loads(Path(name).read_text())
         config = CONFIG_MAPPING[values.pop("model_type")](**values)

@@ -133,7 +133,9 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     logits [..., vocabulary] of any float type, target int64 [...] already shifted, -100 where no loss is taken.
     Returns a fp32 scalar.
     """
-    return _CrossEntropy.apply(logits.flatten(0, -2), target.flatten(), torch.is_grad_enabled() and logits.requires_grad)
+    return _CrossEntropy.apply(
+        logits.flatten(0, -2), target.flatten(), torch.is_grad_enabled() and logits.requires_grad
+    )
 
 
 def linear_cross_entropy(

@@ -1,0 +1,228 @@
+"""The fused loss against plain torch: value and gradients, in every form of head that Hugging Face models have."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dstrain.models.cross_entropy import LogitTransform, cross_entropy, linear_cross_entropy
+from dstrain.models.loss import check_loss_head, install_fused_loss, shift_labels, token_loss
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 97,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": {**SMALL, "tie_word_embeddings": False},
+    "llama-tied": {**SMALL, "tie_word_embeddings": True},
+    "cohere": {**SMALL, "logit_scale": 0.0625},
+    "gemma2": {**SMALL, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**SMALL, "final_logit_softcapping": 5.0},
+    "granite": {**SMALL, "logits_scaling": 8.0},
+    "gptj": {**GPT, "rotary_dim": 4},  # its head has a bias
+    "phi": {**SMALL},  # and so has this one's
+    "recurrent_gemma": {
+        **SMALL,
+        "logits_soft_cap": 3.0,
+        "lru_width": 32,
+        "attention_window_size": 16,
+        "num_hidden_layers": 3,
+    },
+    "gpt2": {**GPT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **overrides):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name.removesuffix("-tied"), **{**MODELS[name], **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.get_output_embeddings().parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # logits large enough for caps and biases to matter
+    return model.to(dtype).eval()
+
+
+def make_batch(masked: float = 0.3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (2, 16), generator=generator)
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.rand(2, 16, generator=generator) < masked, -100)}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_models_own_loss(name, dtype):
+    model, batch = build(name, dtype), make_batch()
+    target = shift_labels(batch["labels"])
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    expected = functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
+    expected.backward()
+    grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    head = install_fused_loss(model)
+    assert check_loss_head(model, head, 97) is None
+    loss, num = token_loss(model, head, batch)
+    loss.backward()
+    exact = dtype == torch.float32
+    assert loss.dtype == torch.float32
+    assert num.item() == (target != -100).sum().item()
+    assert relative(loss, expected) < (1e-6 if exact else 5e-3)
+    assert grads.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    total, error = torch.zeros(()), torch.zeros(())
+    for n, p in model.named_parameters():
+        if n in grads:
+            total, error = total + grads[n].square().sum(), error + (grads[n] - p.grad.float()).square().sum()
+    assert (error / total).sqrt() < (1e-6 if exact else 1e-2)
+    # Unarmed, the head gives logits as before.
+    assert torch.equal(model(input_ids=batch["input_ids"], use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("tokens", [1, 511, 512, 1500])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.3, None), LogitTransform(2.0, 4.0)])
+def test_chunks_with_bias(tokens, transform, monkeypatch):
+    monkeypatch.setattr("dstrain.models.cross_entropy.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("dstrain.models.cross_entropy.BLOCK_ELEMENTS", {"cpu": 100})
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator, requires_grad=True) for shape in ((tokens, 16), (33, 16), (33,))
+    )
+    target = torch.randint(0, 33, (tokens,), generator=generator)
+    target[::3] = -100
+
+    def plain(h, w, b):
+        raw = functional.linear(h, w, b) * transform.scale
+        logits = raw if transform.cap is None else transform.cap * torch.tanh(raw / transform.cap)
+        return functional.cross_entropy(logits, target, reduction="sum")
+
+    def fused(h, w, b):
+        return linear_cross_entropy(h, w, b, target, transform)
+
+    values, grads = [], []
+    for function in (plain, fused):
+        value = function(hidden, weight, bias)
+        values.append(value.detach())
+        grads.append(torch.autograd.grad(value * 0.37, (hidden, weight, bias)))
+    assert torch.allclose(values[0], values[1], rtol=1e-6, atol=1e-6)
+    for a, b in zip(*grads, strict=True):
+        assert relative(b, a) < 2e-6 or (a.norm() == 0 and b.norm() == 0)
+
+
+def test_all_labels_masked():
+    model, batch = build("llama"), make_batch(masked=2.0)
+    head = install_fused_loss(model)
+    loss, num = token_loss(model, head, batch)
+    (loss / num.clamp(min=1)).backward()
+    assert loss.item() == 0.0
+    assert num.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_no_gradient_is_computed_without_need(monkeypatch):
+    model, batch = build("llama"), make_batch()
+    head = install_fused_loss(model)
+    with torch.no_grad():
+        assert not token_loss(model, head, batch)[0].requires_grad
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    token_loss(model, head, batch)[0].backward()
+    assert model.lm_head.weight.grad is None
+    assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_autocast():
+    model, batch = build("llama"), make_batch()
+    head = install_fused_loss(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = token_loss(model, head, batch)
+        logits = model(input_ids=batch["input_ids"]).logits
+    loss.backward()
+    expected = cross_entropy(logits, shift_labels(batch["labels"]))
+    assert relative(loss, expected) < 5e-3
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_shifted_labels_are_taken_as_they_are():
+    model, batch = build("llama"), make_batch()
+    head = install_fused_loss(model)
+    shifted = {"input_ids": batch["input_ids"], "shift_labels": shift_labels(batch["labels"])}
+    assert torch.equal(token_loss(model, head, batch)[0], token_loss(model, head, shifted)[0])
+
+
+def test_router_loss():
+    model, batch = build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), make_batch()
+    head = install_fused_loss(model)
+    expected = model(**batch).loss  # Hugging Face's: mean token loss + coefficient * auxiliary loss
+    loss, num = token_loss(model, head, batch)
+    assert relative(loss / num, expected) < 1e-6
+
+
+def _scales_silently(module, args, output):
+    output.logits = output.logits * 1.5
+    return output
+
+
+def _slices_vocabulary(module, args, output):
+    output.logits = output.logits[..., :90]
+    return output
+
+
+@pytest.mark.parametrize("hook", [_scales_silently, _slices_vocabulary])
+def test_a_head_that_cannot_be_fused_is_found(hook):
+    model, batch = build("llama"), make_batch()
+    batch["labels"] = batch["labels"].clamp(max=89)
+    model.register_forward_hook(hook)
+    head = install_fused_loss(model)
+    reason = check_loss_head(model, head, 90)
+    assert reason is not None
+    assert "logits" in reason
+    logits = model(input_ids=batch["input_ids"]).logits
+    expected = functional.cross_entropy(logits.flatten(0, 1), shift_labels(batch["labels"]).flatten(), reduction="sum")
+    expected.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss, _ = token_loss(model, head, batch)
+    loss.backward()
+    assert relative(loss, expected) < 1e-6
+    assert max(relative(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True)) < 1e-5
+
+
+def test_a_head_that_is_no_linear_layer_is_found():
+    model = build("llama")
+
+    class Normed(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden / hidden.norm(dim=-1, keepdim=True))
+
+    model.lm_head.__class__ = Normed
+    head = install_fused_loss(model)
+    assert check_loss_head(model, head, 97) == "Normed is not a plain linear layer"
+
+
+def test_a_forward_that_breaks_on_the_loss_is_found():
+    model = build("llama")
+    model.register_forward_hook(lambda *args: args[2].logits[:, 3])
+    head = install_fused_loss(model)
+    assert "Error" in check_loss_head(model, head, 97)
