@@ -90,16 +90,6 @@ def extensions_root() -> Path:
     return Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_{accelerator}"
 
 
-def use_own_ninja() -> None:
-    """Put this environment's programs first on this process's PATH.
-
-    PyTorch starts whichever `ninja` comes first, and one of another version compiles every op anew.
-    """
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    if path.split(os.pathsep)[0] != own:
-        os.environ["PATH"] = own + os.pathsep + path
-
-
 def lock_holder(lock: Path) -> int | None:
     """The process on this host that builds under `lock`, or None.
 
@@ -179,8 +169,10 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
     """
     import torch
 
+    from dstrain.distributed import use_own_programs
+
     builders, root = list(builders), extensions_root()
-    use_own_ninja()
+    use_own_programs()
     if problems := missing_for_builds(builders):
         raise UserError(problems)
     remove_stale_locks(root, say)
