@@ -78,33 +78,38 @@ def _cut(costs: list[list[tuple[int, int]]], allowed: list[bool], num_stages: in
 
 
 def plan_pipeline(model: nn.Module, num_stages: int, inputs: Mapping[str, Tensor] | None = None) -> PipelinePlan:
-    """Cut `model` (on any device, best on meta: no memory) into `num_stages`.
+    """Cut `model` (on any device, best on meta: no memory) into `num_stages`; see `plan_stages`.
 
-    Stages are balanced first by time (parameters that are multiplied, the head among them), then by memory (all
-    parameters, the embedding among them). Raises UserError if the model is no chain of layers.
+    Raises UserError if the model is no chain of layers.
     """
-    what = f"pipeline.stages={num_stages}: {type(model).__name__} cannot be cut"
-    instead = "use ZeRO instead (remove the pipeline block)"
     try:
-        graph = probe_layers(model, inputs)
+        return plan_stages(model, probe_layers(model, inputs), num_stages)
     except NotAChain as reason:
-        raise UserError(f"{what}: {reason}; {instead}") from None
+        name = type(model).__name__
+        raise UserError(
+            f"pipeline.stages={num_stages}: {name} cannot be cut: {reason}; use ZeRO instead (remove the pipeline block)"
+        ) from None
+
+
+def plan_stages(model: nn.Module, graph: LayerGraph, num_stages: int) -> PipelinePlan:
+    """The best balanced stages: first by time (parameters that are multiplied, the head among them), then by memory
+    (all parameters, the embedding among them). Raises NotAChain if there are none."""
     n = graph.num_layers
     if num_stages > n:
-        raise UserError(f"{what}: it has {n} layers; write at most {n} stages")
+        raise NotAChain(f"it has only {n} layers")
     allowed = [not any(made < cut <= read for made, read in graph.leaks) for cut in range(n)]
     segments, size = _segments(model, graph), {name: p.numel() for name, p in model.named_parameters()}
     looked_up = _lookup_only(model, graph)
 
     def cost(start: int, end: int) -> tuple[int, int]:
-        names = set().union(*segments[start:end])
-        time = sum(size[name] for name in names if name not in looked_up or (end == n and start > 0))
+        names: set[str] = set().union(*segments[start:end])
+        time = sum(size[name] for name in names if name not in looked_up or name in graph.needs[n - 1] and end == n)
         return time, sum(size[name] for name in names)
 
     costs = [[cost(a, b) if b > a else (0, 0) for b in range(n + 1)] for a in range(n)]
     bounds = _cut(costs, allowed, num_stages)
     if not bounds:
         made, read = min(graph.leaks, key=lambda leak: leak[0] - leak[1])
-        raise UserError(f"{what}: layer {read} reads what layer {made} made, around the layers between; {instead}")
-    needs = [frozenset().union(*segments[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        raise NotAChain(f"layer {read} reads what layer {made} made, around the layers between")
+    needs = [frozenset(set().union(*segments[a:b])) for a, b in zip(bounds, bounds[1:], strict=False)]
     return PipelinePlan(graph, bounds, tuple(needs))

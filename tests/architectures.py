@@ -1,0 +1,139 @@
+"""Tiny settings for every causal-LM model type of the installed transformers: a few layers, width 32, 128 tokens."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY, LENGTH, BATCH, LAYERS = 128, 12, 2, 4
+
+# Names that configurations use, and the value each gets where it exists.
+GENERIC = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "word_embed_proj_dim": 32,
+    "embedding_size": 32, "embedding_dim": 32,
+    "intermediate_size": 48, "ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "n_inner": 48, "d_inner": 48, "dff": 48, "ffn_hidden_size": 48,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": LAYERS, "num_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "decoder_layers": LAYERS, "encoder_layers": 1,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "attention_head_dim": 8,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64, "context_length": 64,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
+    "sliding_window": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
+    "n_group": 1, "topk_group": 1, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
+    "linear_num_heads": 4, "linear_head_dim": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "is_decoder": True, "add_cross_attention": False, "use_cache": False,
+}  # fmt: skip
+
+# Settings by model type, over the generic ones.
+_MLA = {"num_key_value_heads": 4, "head_dim": 8}  # latent attention: as many key heads as query heads
+_SPARSE = ["dense", "sparse", "sparse", "sparse"]
+_SLIDING = ["sliding_attention", "full_attention"] * 2
+SPECIAL: dict[str, dict[str, Any]] = {
+    "axk1": _MLA,
+    "axk2": _MLA,
+    "bailing_hybrid": {**_MLA, "partial_rotary_factor": 1.0, "layer_group_size": 2},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_state": 8, "attn_layer_indices": [1, 3]},
+    "beam": {"partial_rotary_factor": 1.0},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": None},
+    "cpmant": {"dim_ff": 48, "dim_head": 8, "prompt_length": 4, "prompt_types": 4, "segment_types": 4, "init_std": 0.02},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2}},
+    "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_MLA, "first_k_dense_replace": 1},
+    "deepseek_v32": _MLA,
+    "deepseek_v4": {"o_lora_rank": 8, "o_groups": 2, "num_key_value_heads": 1, "num_nextn_predict_layers": 0},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"text_config": _MLA},
+    "dots3_note_text": _MLA,
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _SLIDING, "intermediate_size": 48},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}, "backbone_hidden_size": 32},
+    "glm4_moe_lite": _MLA,
+    "glm_moe_dsa": _MLA,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "layer_types": ["mamba", "attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hy_v4": _MLA,
+    "kimi_linear": _MLA,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 16, "num_key_value_heads": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2},
+    "minicpm3": {**_MLA, "dim_model_base": 32},
+    "ministral": {"head_dim": 8},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2, "hc_lowrank": 8,
+                       "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 3], "is_decoder": True},
+    "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "youtu": _MLA,
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "attention_head_dim": 16, "num_key_value_heads": 4, "use_mamba_kernels": False},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 8, "num_key_value_heads": 4, "adapter_rank": 8, "use_mamba_kernels": False},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}  # fmt: skip
+
+
+def no_dropout(values: dict) -> dict:
+    words = ("dropout", "pdrop", "layerdrop", "drop_rate", "jitter")
+    return {
+        k: 0.0
+        for k, v in values.items()
+        if any(w in k for w in words) and isinstance(v, int | float) and not isinstance(v, bool)
+    }
+
+
+def tiny_config(model_type: str):
+    config_class = CONFIG_MAPPING[model_type]
+    special = SPECIAL.get(model_type, {})
+    return _tiny(config_class, special)
+
+
+def _tiny(config_class, special):
+    defaults = config_class()
+    values = {**vars(defaults)}
+    kwargs = no_dropout(values)
+    for name, value in GENERIC.items():
+        if name in values and values[name] is not None and name not in special:
+            kwargs[name] = value
+    for name, sub in (config_class.sub_configs or {}).items():
+        if isinstance(special.get(name), dict) or name not in special:
+            cls = type(getattr(defaults, name, None))
+            if hasattr(cls, "sub_configs"):
+                kwargs[name] = _tiny(cls, special.get(name, {})).to_dict()
+    kwargs.update({k: v for k, v in special.items() if k not in kwargs or not isinstance(v, dict)})
+    return config_class(**kwargs)
+
+
+def model_types() -> list[str]:
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_model(model_type: str, device: str = "cpu"):
+    """A tiny random model, the same for the same type; on meta without data."""
+    config = tiny_config(model_type)
+    if device == "meta":
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).train()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():  # zero biases, gates and the like would hide mistakes
+            if p.is_floating_point():
+                p += 0.02 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def tiny_inputs(model_type: str, batch: int = BATCH, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    """What the type's forward takes: tokens, and labels to train on."""
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids}
