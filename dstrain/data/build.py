@@ -1,32 +1,37 @@
 """From flags to training data: `build_data`."""
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dstrain.arguments import DataArguments
-from dstrain.data.packing import BlockSamples, Samples
-from dstrain.data.sources import BuiltinCorpus, Source
-from dstrain.data.store import TokenStore, find_or_write_store
+from dstrain.data.order import epoch_order, hash_words, mix
+from dstrain.data.packing import BlockSamples, PackedSamples, RowSamples, Samples, Subset, pack_documents
+from dstrain.data.sources import build_sources, write_text
+from dstrain.data.store import FORMAT_VERSION, TokenStore, find_or_write_store
 from dstrain.data.tokenization import TextEncoder
 from dstrain.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_HELD_OUT = 0.01  # share of the training documents that is kept for validation when the user names none
+_FEW_DOCUMENTS = 100  # with fewer, samples are held out instead of documents
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Training and held-out samples, and the facts about them for `run.json`.
+    """Training and held-out samples, and what is known about them.
 
-    sha256: of the sources' content alone; samples_sha256: also of the tokenizer, the block and the split, so equal
-    hashes mean equal samples. num_tokens: tokens in the training samples; num_label_tokens: those that carry loss.
+    sha256: of the sources' content alone. samples_sha256: also of the tokenizer, the block, packing and the split, so
+    that equal hashes mean equal samples. facts: for `run.json`, see `_facts`.
     """
 
     train: Samples
@@ -34,15 +39,17 @@ class TrainingData:
     sha256: str
     samples_sha256: str
     source: str
-    num_documents: int
-    num_tokens: int
-    num_label_tokens: int
-    num_empty_documents: int
+    facts: dict[str, Any]
 
     @property
-    def loss_share(self) -> float:
-        """Share of the training tokens that carry loss."""
-        return self.num_label_tokens / self.num_tokens
+    def num_tokens(self) -> int:
+        """Tokens in all training samples together, without padding."""
+        return self.train.num_tokens
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Those of them that carry loss."""
+        return self.train.num_label_tokens
 
 
 def default_cache_dir() -> Path:
@@ -62,42 +69,165 @@ def build_data(
 ) -> TrainingData:
     """Tokenize (or find in the cache) the data that the flags name; every rank calls this.
 
-    One process of each host reads and writes while the others wait in `barrier`; an error of that process is raised
-    in all of them. Raises UserError.
+    One process of each host reads and writes while the others wait in `barrier`, then all map the same files. What
+    stops that process is raised in all of them. cache_dir: None is `default_cache_dir()`. Raises UserError.
     """
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     encoder = TextEncoder(tokenizer)
-    request = json.dumps([asdict(dargs), encoder.sha256, seed, block_size])
-    answer_file = cache / "requests" / f"{hashlib.sha256(request.encode()).hexdigest()[:32]}.json"
+    recipe = [FORMAT_VERSION, asdict(dargs), encoder.sha256, seed, block_size]
+    answer_file = cache / "requests" / f"{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]}.json"
     if is_main_per_host:
         try:
+            _prepare_and_tell(answer_file, dargs, encoder, cache, seed, block_size)
+        finally:
+            barrier()
+    else:
+        barrier()
+    answer = _read_answer(answer_file)
+    return _open(answer, dargs, encoder, seed, block_size)
+
+
+def _prepare_and_tell(
+    answer_file: Path, dargs: DataArguments, encoder: TextEncoder, cache: Path, seed: int, block_size: int
+) -> None:
+    """Do the work of the host and leave the outcome, good or bad, where its other processes look for it."""
+    try:
+        answer_file.unlink(missing_ok=True)
+        try:
             answer = _prepare(dargs, encoder, cache)
+            _open(answer, dargs, encoder, seed, block_size)  # makes the packs, and finds what is wrong with the samples
         except UserError as error:
             answer = {"problems": error.problems}
-        answer_file.parent.mkdir(parents=True, exist_ok=True)
-        answer_file.write_text(json.dumps(answer))
-    barrier()
+        write_text(answer_file, json.dumps(answer))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"the data cache {cache} cannot be written ({error.strerror}): "
+            "free some space, or name another place with XDG_CACHE_HOME"
+        ) from None
+
+
+def _read_answer(answer_file: Path) -> dict[str, Any]:
+    if not answer_file.exists():
+        raise UserError("the training data could not be prepared: see the message of this host's first process")
     answer = json.loads(answer_file.read_text())
     if "problems" in answer:
         raise UserError(answer["problems"])
+    return answer
+
+
+def _prepare(dargs: DataArguments, encoder: TextEncoder, cache: Path) -> dict[str, Any]:
+    """Tokenize what is not in the cache. Returns where it is, as JSON."""
+    train, validation = build_sources(dargs, cache)
+    answer: dict[str, Any] = {
+        "source": train.description,
+        "sha256": train.sha256,
+        "split_seeded": train.split_seeded,
+        "train": str(find_or_write_store(cache, train, encoder)),
+        "validation": None,
+    }
+    if validation is not None:
+        answer["validation"] = str(find_or_write_store(cache, validation, encoder))
+        answer["validation_source"] = validation.description
+        answer["sha256"] = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode()).hexdigest()
+    return answer
+
+
+def _open(
+    answer: dict[str, Any], dargs: DataArguments, encoder: TextEncoder, seed: int, block_size: int
+) -> TrainingData:
     store = TokenStore.open(Path(answer["train"]))
     documents = np.arange(len(store.lengths))
-    held_out = (store.hashes % np.uint64(100)) == 0
-    train = BlockSamples(store, documents[~held_out], block_size)
-    validation = BlockSamples(store, documents[held_out], block_size)
+    split_seed = seed if answer["split_seeded"] else 0
+    validation: Samples | None = None
+    if answer["validation"]:
+        held_out_store = TokenStore.open(Path(answer["validation"]))
+        train = _build_samples(store, documents, block_size, dargs.packing)
+        validation = _build_samples(held_out_store, np.arange(len(held_out_store.lengths)), block_size, dargs.packing)
+        split = answer["validation_source"]
+    elif len(documents) >= _FEW_DOCUMENTS:
+        held_out = held_out_documents(store.hashes, split_seed)
+        train = _build_samples(store, documents[~held_out], block_size, dargs.packing)
+        validation = _build_samples(store, documents[held_out], block_size, dargs.packing)
+        split = f"{held_out.sum()} of the {len(documents)} training documents"
+    else:
+        train, validation, split = _hold_out_samples(
+            _build_samples(store, documents, block_size, dargs.packing), split_seed
+        )
+    for name, samples in (("training", train), ("validation", validation)):
+        if samples is not None and samples.num_label_tokens == 0:
+            raise UserError(f"the {name} data ({answer['source']}) hold no token to predict: give more text")
+    identity = [answer["sha256"], encoder.sha256, block_size, dargs.packing, split_seed, FORMAT_VERSION]
     return TrainingData(
         train=train,
         validation=validation,
         sha256=answer["sha256"],
-        samples_sha256=hashlib.sha256(request.encode() + answer["sha256"].encode()).hexdigest(),
-        source=store.facts["source"],
-        num_documents=len(documents),
-        num_tokens=train.num_tokens,
-        num_label_tokens=train.num_label_tokens,
-        num_empty_documents=store.facts["num_empty_documents"],
+        samples_sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        source=answer["source"],
+        facts=_facts(store, train, validation, split),
     )
 
 
-def _prepare(dargs: DataArguments, encoder: TextEncoder, cache: Path) -> dict:
-    source: Source = BuiltinCorpus(dargs.max_train_samples)
-    return {"train": str(find_or_write_store(cache, source, encoder)), "sha256": source.sha256}
+def _build_samples(store: TokenStore, documents: np.ndarray, block_size: int, packing: bool) -> Samples:
+    if packing:
+        return PackedSamples(store, _packs(store, documents, block_size), block_size)
+    if store.completions is not None:
+        return RowSamples(store, documents, block_size)
+    return BlockSamples(store, documents, block_size)
+
+
+def _packs(store: TokenStore, documents: np.ndarray, block_size: int) -> np.ndarray:
+    """`pack_documents`, kept beside the tokens: int64 [p, 4], memory-mapped."""
+    name = hashlib.sha256(documents.astype(np.int64).tobytes()).hexdigest()[:16]
+    file = store.folder / f"packs-{block_size}-{name}.npy"
+    if not file.exists():
+        scratch = file.with_name(f"{file.stem}.tmp-{os.getpid()}.npy")
+        np.save(scratch, pack_documents(store, documents, block_size))
+        scratch.replace(file)
+    return np.load(file, mmap_mode="r")
+
+
+def held_out_documents(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """bool [n]: about 1 % of the documents, at least one, never all.
+
+    A function of each document's text and the seed alone: copies of a document fall on the same side, and a document
+    stays where it is when others are added. hashes: uint64 [n].
+    """
+    scores = mix(np.asarray(hashes) + hash_words(seed))
+    held_out = scores < np.uint64(_HELD_OUT * 2.0**64)
+    if not held_out.any():
+        held_out = scores == scores.min()
+    return held_out
+
+
+def _hold_out_samples(samples: Samples, seed: int) -> tuple[Samples, Samples | None, str]:
+    """Few documents: 1 % of the samples, at least one, drawn by the seed; none when there is only one sample."""
+    if len(samples) < 2:
+        return samples, None, "none: there is only one sample"
+    count = max(1, round(len(samples) * _HELD_OUT))
+    drawn = epoch_order(len(samples), seed, -1, 0, len(samples))
+    train, validation = Subset(samples, np.sort(drawn[count:])), Subset(samples, np.sort(drawn[:count]))
+    return train, validation, f"{count} of the {len(samples)} training samples"
+
+
+def _facts(store: TokenStore, train: Samples, validation: Samples | None, split: str) -> dict[str, Any]:
+    """JSON for `run.json`: what was read, what became of it, and how much of it carries loss."""
+    return {
+        "source": store.facts["source"],
+        "num_documents": store.facts["num_documents"],
+        "num_empty_documents": store.facts["num_empty_documents"],
+        "num_bytes": store.facts["num_bytes"],
+        "tokenization_s": store.facts["tokenization_s"],
+        "num_cut_rows": getattr(train, "num_cut", 0),
+        "num_rows_without_loss": getattr(train, "num_without_loss", 0),
+        "block_size": train.block_size,
+        "num_samples": len(train),
+        "num_tokens": train.num_tokens,
+        "num_label_tokens": train.num_label_tokens,
+        "loss_share": round(train.num_label_tokens / train.num_tokens, 6),
+        "tokens_per_sample": round(train.num_tokens / len(train), 2),
+        "validation": split,
+        "num_validation_samples": len(validation) if validation is not None else 0,
+        "num_validation_tokens": validation.num_tokens if validation is not None else 0,
+    }

@@ -59,8 +59,8 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
     compression = file_kind(path)[1]
     try:
         if compression == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield file
+            with gzip.open(path, "rb") as unzipped:
+                yield unzipped  # type: ignore[misc]
         elif compression == ".zst":
             import pyarrow  # its reader notices a truncated file; python-zstandard's ends in silence
 
@@ -163,7 +163,9 @@ def _read_csv(path: Path, text_column: str | None, delimiter: str) -> Iterator[D
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise UserError(f"{where} has {len(cells)} fields, the header {len(header)}: quote text with commas in it")
+                raise UserError(
+                    f"{where} has {len(cells)} fields, the header {len(header)}: quote text that holds commas"
+                )
             yield read_row(where, dict(zip(header, cells, strict=True)), columns)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num} is not valid CSV ({error})") from None

@@ -26,13 +26,27 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int) -> MicroBatch:
     fill = {"input_ids": pad_token_id, "labels": IGNORE, "position_ids": 0}
     batch = {}
     for name in rows[0]:
-        out = np.full((len(rows), longest), fill[name], np.int64) if padded else np.empty((len(rows), longest), np.int64)
+        out = np.full((len(rows), longest), fill[name], np.int64)
         for target, row, length in zip(out, rows, lengths, strict=True):
             target[:length] = row[name]
         batch[name] = torch.from_numpy(out)
     if padded and "position_ids" not in batch:
         batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def num_tokens(batch: MicroBatch) -> int:
+    """Tokens of a micro-batch without padding.
+
+    Packed rows have no attention_mask, which would hide from Hugging Face's attention that several documents are in
+    one row: their padding is a run of one-token documents (position 0, then 0 again); a real one has at least two.
+    """
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    if "position_ids" in batch:
+        at_start = torch.nn.functional.pad(batch["position_ids"] == 0, (0, 1), value=True)
+        return batch["input_ids"].numel() - int((at_start[:, :-1] & at_start[:, 1:]).sum())
+    return batch["input_ids"].numel()
 
 
 def _step_plan(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
@@ -70,7 +84,7 @@ def build_loader(
 
 
 class Loader:
-    """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; the thread ends with `close`."""
+    """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; `close` ends the thread."""
 
     def __init__(self, items: Iterator[list[MicroBatch]], depth: int = 4):
         self._queue: queue.Queue = queue.Queue(depth)
@@ -108,7 +122,8 @@ def _produce(items: Iterator[list[MicroBatch]], out: queue.Queue, stop: threadin
     def put(entry: tuple) -> None:
         while not stop.is_set():
             try:
-                return out.put(entry, timeout=0.1)
+                out.put(entry, timeout=0.1)
+                return
             except queue.Full:
                 continue
 
@@ -118,7 +133,7 @@ def _produce(items: Iterator[list[MicroBatch]], out: queue.Queue, stop: threadin
             if stop.is_set():
                 return
         put(("error", StopIteration()))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the consumer raises it
         put(("error", error))
 
 

@@ -8,7 +8,7 @@ import os
 import sysconfig
 import time
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -168,29 +168,33 @@ class FileSource:
 
 
 def file_sha256(path: Path, cache_dir: Path) -> str:
-    """Hash of the file's bytes; remembered under its path, size and modification time, so that a start stays quick."""
-    status = _stat(path)
-    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    memo = cache_dir / "hashes" / f"{_hash_json(stamp)[:32]}.txt"
-    if memo.exists():
-        return memo.read_text()
-    try:
+    """Hash of the file's bytes. Raises UserError when it cannot be read."""
+
+    def compute() -> str:
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            digest = hashlib.sha256()
             while chunk := file.read(2**22):
                 digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if time.time() - status.st_mtime > 2:  # a younger file may still change within the clock's resolution
-        write_text(memo, digest.hexdigest())
-    return digest.hexdigest()
+        return digest.hexdigest()
 
-
-def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat()
+        return _remembered("file", [path], compute, cache_dir)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _remembered(what: str, files: list[Path], compute: Callable[[], str], cache_dir: Path) -> str:
+    """The hash that `compute` makes of files, noted under their paths, sizes and times: a later start is quick."""
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    stamp = [what, *((name, status.st_size, status.st_mtime_ns) for name, status in stats)]
+    memo = cache_dir / "hashes" / f"{_hash_json(stamp)[:32]}.txt"
+    if files and memo.exists():
+        return memo.read_text()
+    value = compute()
+    # A file younger than two seconds may change again within the resolution of its time.
+    if files and all(time.time() - status.st_mtime > 2 for _, status in stats):
+        write_text(memo, value)
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -233,7 +237,13 @@ class HubSource:
     split_seeded = True
 
     def __init__(
-        self, name: str, rows: "Dataset", split: str, text_column: str | None, max_documents: int | None, cache_dir: Path
+        self,
+        name: str,
+        rows: "Dataset",
+        split: str,
+        text_column: str | None,
+        max_documents: int | None,
+        cache_dir: Path,
     ):
         self._where = f"{name} ({split})"
         types = {column: getattr(f, "dtype", None) in ("string", "large_string") for column, f in rows.features.items()}
@@ -244,8 +254,15 @@ class HubSource:
 
     @cached_property
     def sha256(self) -> str:
-        contents = [file_sha256(Path(file["filename"]), self._cache_dir) for file in self._rows.cache_files]
-        return _hash_json(["hub", contents, self._columns, self._max_documents])
+        files = [Path(file["filename"]) for file in self._rows.cache_files]
+        content = _remembered(f"rows {self._columns}", files, self._hash_rows, self._cache_dir)
+        return _hash_json(["hub", content, self._columns, self._max_documents])
+
+    def _hash_rows(self) -> str:
+        digest = hashlib.sha256()
+        for batch in self._rows.iter(batch_size=1000):
+            digest.update(json.dumps([batch[column] for column in self._columns]).encode())
+        return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
         rows = islice(enumerate(self._rows, 1), self._max_documents)

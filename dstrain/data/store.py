@@ -2,24 +2,29 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from dstrain.data.sources import Document, Source
+from dstrain.data.sources import Source
 from dstrain.data.tokenization import TextEncoder
 from dstrain.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # raise it with every change of what a store or a sample holds
 _JOB_CHARACTERS = 2**18  # text per job: large enough to hide the cost of a job, small enough to bound memory
+_LOG_EVERY_S = 10.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ def find_or_write_store(cache_dir: Path, source: Source, encoder: TextEncoder) -
     """Folder of the source's tokens, made now if it is not in the cache. Appears whole or not at all."""
     folder = cache_dir / "tokens" / store_key(source, encoder)
     if folder.exists():
-        return folder
+        if _is_whole(folder):
+            return folder
+        logger.warning("%s is damaged: it is made again", folder)
+        shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
@@ -80,6 +88,16 @@ def find_or_write_store(cache_dir: Path, source: Source, encoder: TextEncoder) -
     return folder
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        facts = json.loads((folder / "facts.json").read_text())
+        size = (folder / "tokens.bin").stat().st_size
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        return size == facts["num_tokens"] * np.dtype(facts["dtype"]).itemsize and offsets[-1] == facts["num_tokens"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 @dataclass
 class _Segment:
     """A piece of a document's text on its way to tokens."""
@@ -90,46 +108,77 @@ class _Segment:
     starts_completion: bool = False
 
 
+class _Writer:
+    """Lays the tokens of segments end to end in a file and notes where documents and completions begin."""
+
+    def __init__(self, file: BinaryIO, encoder: TextEncoder):
+        self._file = file
+        self._prefix, self._suffix = encoder.affixes
+        self._start = 0
+        self.position = 0
+        self.offsets = [0]
+        self.completions: list[int] = []
+
+    def write(self, segments: list[_Segment], arrays: list[np.ndarray]) -> None:
+        out = []
+        for segment, ids in zip(segments, arrays, strict=True):
+            if segment.starts_document:
+                self._start = self.position
+                out.append(self._prefix)
+                self.position += len(self._prefix)
+            if segment.starts_completion:
+                self.completions.append(self.position - self._start)
+            out.append(ids)
+            self.position += len(ids)
+            if segment.ends_document:
+                out.append(self._suffix)
+                self.position += len(self._suffix)
+                self.offsets.append(self.position)
+        np.concatenate(out).tofile(self._file)
+
+
 def write_store(folder: Path, source: Source, encoder: TextEncoder) -> None:
     """Tokenize the source's documents on all cores into `folder`, in order, in bounded memory."""
     facts = {"source": source.description, "dtype": encoder.dtype.name, "num_bytes": 0, "num_empty_documents": 0}
     hashes: list[int] = []
-    offsets, completions = [0], []
-    prefix, suffix = encoder.affixes
-    segments = _segments(source.documents(), hashes, facts)
-    position = start = 0
+    began = logged = time.monotonic()
     with open(folder / "tokens.bin", "wb") as file:
-        for job, arrays in _encode_in_threads(segments, encoder):
-            out = []
-            for segment, ids in zip(job, arrays, strict=True):
-                if segment.starts_document:
-                    start = position
-                    out.append(prefix)
-                    position += len(prefix)
-                if segment.starts_completion:
-                    completions.append(position - start)
-                out.append(ids)
-                position += len(ids)
-                if segment.ends_document:
-                    out.append(suffix)
-                    position += len(suffix)
-                    offsets.append(position)
-            np.concatenate(out).tofile(file)
+        writer = _Writer(file, encoder)
+        for segments, arrays in _encode_in_threads(_segments(source, encoder, hashes, facts), encoder):
+            writer.write(segments, arrays)
+            if time.monotonic() - logged > _LOG_EVERY_S:
+                logged = time.monotonic()
+                logger.info("tokenizing %s: %d documents, %d tokens", source.description, len(hashes), writer.position)
         file.flush()
         os.fsync(file.fileno())
-    if position == 0:
+    if not hashes:
         raise UserError(f"{source.description} holds no text: name files or a column with text in them")
-    np.save(folder / "offsets.npy", np.asarray(offsets, np.int64))
-    np.save(folder / "hashes.npy", np.asarray(hashes, np.uint64))
-    if completions:
-        np.save(folder / "completions.npy", np.asarray(completions, np.int64))
-    facts |= {"num_documents": len(hashes), "num_tokens": position}
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
+    _save(folder / "offsets.npy", np.asarray(writer.offsets, np.int64))
+    _save(folder / "hashes.npy", np.asarray(hashes, np.uint64))
+    if writer.completions:
+        _save(folder / "completions.npy", np.asarray(writer.completions, np.int64))
+    facts |= {"num_documents": len(hashes), "num_tokens": writer.position}
+    facts["tokenization_s"] = round(time.monotonic() - began, 3)
+    with open(folder / "facts.json", "w") as text:
+        json.dump(facts, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
 
 
-def _segments(documents: Iterator[Document], hashes: list[int], facts: dict) -> Iterator[_Segment]:
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _segments(source: Source, encoder: TextEncoder, hashes: list[int], facts: dict) -> Iterator[_Segment]:
     """Documents as segments; notes each document's hash, and counts bytes and empty documents."""
-    for document in documents:
+    width = 0
+    for document in source.documents():
+        width = width or len(document)
+        if len(document) != width:
+            raise UserError(f"{source.description} mixes plain text with prompt and completion: train on one kind")
         if not document[-1].strip():
             facts["num_empty_documents"] += 1
             continue
@@ -140,7 +189,9 @@ def _segments(documents: Iterator[Document], hashes: list[int], facts: dict) -> 
             yield _Segment(document[0], True, False)
             yield _Segment(document[1], False, True, starts_completion=True)
         else:
-            yield _Segment(document[0], True, True)
+            pieces = encoder.split(document[0], _JOB_CHARACTERS)
+            for i, piece in enumerate(pieces, 1):
+                yield _Segment(piece, i == 1, i == len(pieces))
 
 
 def _encode_in_threads(

@@ -29,7 +29,7 @@ def build_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTo
     except (OSError, ValueError, KeyError, ImportError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--tokenizer_name {name} cannot be loaded ({reason}): name a folder with tokenizer files, a hub name, or bytes"
+            f"the tokenizer {name} cannot be loaded ({reason}): name a folder with its files, a hub name, or bytes"
         ) from None
 
 
@@ -62,7 +62,7 @@ def _build_byte_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def num_token_ids(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Smallest vocabulary of a model that can take every id of the tokenizer (largest id + 1, added tokens included)."""
+    """Smallest vocabulary of a model that can take every id of the tokenizer: largest id + 1, added tokens included."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -101,9 +101,38 @@ class TextEncoder:
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(ids, dtype=self.dtype) for ids in rows]
 
+    def split(self, text: str, size: int) -> list[str]:
+        """Cut a long text into pieces of about `size` characters whose ids, put together, are the text's ids.
+
+        Cuts after a line feed between two visible characters, and only where encoding across the cut and encoding both
+        sides agree; a tokenizer that treats the beginning of a text in its own way (Metaspace) gets it whole.
+        """
+        pieces, start = [], 0
+        while len(text) - start > 2 * size:
+            cut = self._seam(text, start + size)
+            if cut is None:
+                break
+            pieces.append(text[start:cut])
+            start = cut
+        return [*pieces, text[start:]]
+
+    def _seam(self, text: str, start: int, tries: int = 32, around: int = 200) -> int | None:
+        position = start
+        for _ in range(tries):
+            position = text.find("\n", position) + 1
+            if not 0 < position < len(text):
+                return None
+            if text[position - 2].isspace() or text[position].isspace():
+                continue
+            left, right = text[position - around : position], text[position : position + around]
+            across, first, second = self.encode([left + right, left, right])
+            if np.array_equal(across, np.concatenate([first, second])):
+                return position
+        return None
+
     @cached_property
     def affixes(self) -> tuple[np.ndarray, np.ndarray]:
-        """What stands before and after the ids of a document: the tokenizer's own special tokens, and always its EOS."""
+        """What goes before and after the ids of a document: the tokenizer's own special tokens, and always its EOS."""
         probe = "a"
         inner = self.encode([probe])[0].tolist()
         whole = list(self.tokenizer(probe, add_special_tokens=True)["input_ids"])
