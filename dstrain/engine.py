@@ -15,7 +15,7 @@ from torch import nn
 
 from dstrain.config import ResolvedConfig, read_effective
 from dstrain.errors import UserError
-from dstrain.models.loss import LossHead, token_loss
+from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -148,8 +148,6 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
 
     Raises UserError when a setting was ignored.
     """
-    from dstrain.models.loss import install_fused_loss
-
     weight_decay = resolved.deepspeed["optimizer"].get("params", {}).get("weight_decay", 0.0)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -161,14 +159,13 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
     if problems:
         raise UserError(problems)
     head = install_fused_loss(model)
-    result = ZeroEngine(engine, head, resolved)
-    engine.eval()
+    check_loss_head(engine, head, model.config.get_text_config().vocab_size)
     if compile == "layer":
         for layer in decoder_layers(model):
             layer.compile()
     elif compile == "whole":
         engine.compile()
-    return result
+    return ZeroEngine(engine, head, resolved)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

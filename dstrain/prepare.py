@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,9 @@ class Run:
     total_steps: int
     engine: Any  # Engine
     checkpoints: Any  # CheckpointManager
-    monitor: Any
     stop: Any  # AgreedStop
     profiler: Any
+    monitor: Any = None
     state: Any = None  # TrainState
     loader: Any = None  # iterator over the micro-batches of one step
 
@@ -135,51 +135,60 @@ class Run:
     def show_results(self) -> None:
         """The loss curve and a sample of generated text, on the screen and for the report. A collective."""
         from dstrain.generate import sample_text
+        from dstrain.monitor.logs import screen
+        from dstrain.monitor.progress import render_loss_curve
 
         prompt, text = sample_text(self.engine, self.tokenizer, self.data.validation, seed=self.args.run.seed)
         if self.launch.is_main:
             self.folder.update(sample={"prompt": prompt, "text": text})
-            curve = [(line["step"], line["loss"]) for line in self.monitor.train_lines]
-            pass
-            print(f"sample, continuing {prompt!r}:\n{text}", flush=True)
+            points = [(line["step"], line["loss"]) for line in self.monitor.train_lines]
+            if len(points) > 1:
+                print(render_loss_curve(points), file=screen())
+            print(f"A sample, continuing {prompt!r}:\n{text}", file=screen())
 
-    def end(self, exit_code: ExitCode, reason: str = "") -> int:
+    def end(self, exit_code: ExitCode, reason: str) -> None:
         """Write the summary and the report."""
-        reasons = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: "stopped on request after saving"}
-        self.monitor.close(exit_code, reason or reasons[exit_code])
-        return int(exit_code)
+        self.monitor.close(exit_code, reason)
+        if self.launch.is_main and "report" in self.args.run.report_to:
+            from dstrain.monitor.logs import screen
+            from dstrain.monitor.report import write_report
+
+            write_report(self.folder.path)
+            print(f"report: {self.folder.path / 'report.html'}", file=screen())
 
 
 @contextmanager
 def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> Iterator[Run]:
-    """Build the whole run. Leaving by an error writes the summary of a failed run. Raises UserError."""
-    from dstrain import distributed
+    """Build the whole run; whoever leaves it by an error leaves a summary that says so. Raises UserError."""
+    from dstrain.monitor.logs import QuietOutput
 
-    run = _build(args, configuration, startup)
-    try:
-        yield run
-    except UserError as error:
-        run.end(ExitCode.USER_ERROR, "; ".join(error.problems))
-        raise
-    except Exception as error:
-        run.end(ExitCode.CRASH, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        if run.loader is not None:
+    with QuietOutput(Launch.from_environment().rank) as quiet:
+        run = _build(args, configuration, startup, quiet)
+        try:
+            yield run
+        except UserError as error:
+            run.end(ExitCode.USER_ERROR, "; ".join(error.problems))
+            raise
+        except Exception as error:
+            run.end(ExitCode.CRASH, f"{type(error).__name__}: {error}")
+            raise
+        finally:
             run.loader.close()
-    distributed.leave()
+        from dstrain import distributed
+
+        distributed.leave()
 
 
-def _build(args: Arguments, configuration: Configuration, startup: Startup) -> Run:
+def _build(args: Arguments, configuration: Configuration, startup: Startup, quiet: Any) -> Run:
     launch, folder = Launch.from_environment(), configuration.folder
-    import torch
 
     from dstrain import distributed
-    from dstrain.checkpoint.manager import CheckpointManager
+    from dstrain.checkpoint.manager import CheckpointManager, choose_checkpoint
     from dstrain.data.tokenization import build_tokenizer
     from dstrain.engine import build_engine
+    from dstrain.launch.ops import build_ops, required_builders
     from dstrain.models.build import build_model, load_model_config
-    from dstrain.monitor.devices import find_peak
+    from dstrain.monitor.logs import screen
     from dstrain.monitor.profiler import build_profiler
     from dstrain.resilience.signals import AgreedStop
 
@@ -189,6 +198,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup) -> R
     block_size = args.data.block_size or 256
     resolved = configuration.resolved.with_facts(**_machine_facts(), hidden_size=config.get_text_config().hidden_size)
     startup.done("model_config")
+    if launch.is_main_on_host:
+        build_ops(required_builders(resolved.deepspeed, resolved.facts.device), say=lambda text: print(text, file=screen()))
     distributed.init_distributed()
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
@@ -196,20 +207,16 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup) -> R
     steps_per_epoch = max(1, len(data.train) // resolved.global_batch)
     total_steps = args.run.max_steps if args.run.max_steps > 0 else math.ceil(args.run.num_train_epochs * steps_per_epoch)
     resolved = resolved.with_total_steps(total_steps)
-    identity = {
-        "model": config.to_diff_dict(),
-        "data": data.sha256,
-        "seed": args.run.seed,
-        "block_size": block_size,
-        "global_batch": resolved.global_batch,
-    }
+    identity = _identity(config, data.sha256, args.run.seed, block_size, resolved.global_batch)
+    checkpoint = None
     if not args.run.overwrite_output_dir:
         folder.check_identity(identity)
+        checkpoint = choose_checkpoint(folder.checkpoints, args.run.resume_from_checkpoint)
     model = build_model(
         args.model,
         config,
         seed=args.run.seed,
-        dtype=getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[resolved.precision]),
+        dtype=_parameter_dtype(resolved),
         zero3_config=resolved.deepspeed if resolved.zero_stage == 3 else None,
         device=distributed.device(),
     )
@@ -233,24 +240,30 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup) -> R
             save_steps=args.run.save_steps,
             save_total_limit=args.run.save_total_limit,
         ),
-        monitor=None,
         stop=AgreedStop(folder.path, args.run.max_time),
         profiler=build_profiler(folder.path / "profile", args.run.profile and launch.is_main),
     )
-    _open_folder(run, identity, model, block_size, find_peak(distributed.device(), next(model.parameters()).dtype))
-    _restore(run)
+    _begin(run, identity, checkpoint, block_size, quiet)
     return run
 
 
-def _open_folder(run: Run, identity: dict[str, Any], model: Any, block_size: int, peak: Any) -> None:
-    """The first write: from here on the folder is this run's."""
+def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_size: int, quiet: Any) -> None:
+    """Restore what there is to restore, then write for the first time: from here on the folder is this run's."""
     from dstrain import distributed
+    from dstrain.checkpoint.manager import TrainState
+    from dstrain.data.loader import build_loader
     from dstrain.models.flops import flops_per_token, num_parameters
+    from dstrain.monitor.devices import find_peak
+    from dstrain.monitor.metrics import truncate_to_step
     from dstrain.monitor.monitor import Monitor, RunScale
     from dstrain.monitor.progress import build_progress
     from dstrain.monitor.trackers import build_trackers
 
-    if run.launch.is_main:
+    is_main, parallel, model = run.launch.is_main, run.resolved.parallel, run.engine.deepspeed.module
+    run.state, monitor_state = run.checkpoints.load(checkpoint) if checkpoint else (TrainState(), None)
+    run.startup.done("checkpoint")
+    peak = find_peak(distributed.device(), _compute_dtype(run.resolved))
+    if is_main:
         if run.args.run.overwrite_output_dir:
             run.folder.clear()
         run.folder.create()
@@ -260,44 +273,33 @@ def _open_folder(run: Run, identity: dict[str, Any], model: Any, block_size: int
                 "identity": identity,
                 "deepspeed_config": run.resolved.deepspeed,
                 "origins": run.resolved.origins,
-                "world": {"world_size": run.launch.world_size, **vars(run.resolved.parallel)},
+                "world": {**asdict(parallel), "dp_size": parallel.dp_size},
                 "total_steps": run.total_steps,
                 "num_parameters": num_parameters(model),
                 "data": _data_facts(run.data),
-                "peak": vars(peak),
+                **vars(peak),
                 **environment_facts(),
             }
         )
     distributed.barrier()
+    quiet.attach(run.folder.path)
     run.monitor = Monitor(
         run.folder.path,
         device=distributed.device(),
-        is_main=run.launch.is_main,
+        is_main=is_main,
         logging_steps=run.args.run.logging_steps,
         scale=RunScale(run.launch.world_size, flops_per_token(model, block_size), peak.peak_tflops),
         max_over_ranks=distributed.max_over_ranks,
-        progress=build_progress(run.total_steps, is_main=run.launch.is_main),
-        trackers=build_trackers(run.engine.deepspeed.monitor) if run.launch.is_main else None,
+        progress=build_progress(run.total_steps, is_main=is_main),
+        trackers=build_trackers(run.engine.deepspeed.monitor) if is_main else None,
     )
-
-
-def _restore(run: Run) -> None:
-    """Go on from a checkpoint, or begin; then the order of samples is known."""
-    from dstrain.checkpoint.manager import TrainState, choose_checkpoint
-    from dstrain.data.loader import build_loader
-    from dstrain.monitor.metrics import truncate_to_step
-
-    resume = run.args.run.resume_from_checkpoint
-    checkpoint = choose_checkpoint(run.folder.checkpoints, resume)
-    run.state, kept_steps = TrainState(), 0
-    if checkpoint is not None:
-        run.state, monitor_state = run.checkpoints.load(checkpoint)
-        kept_steps = run.monitor.load_state_dict(monitor_state)
-    if run.launch.is_main:
+    kept_steps = run.monitor.load_state_dict(monitor_state) if monitor_state else 0
+    if is_main:
         truncate_to_step(run.folder.path, run.state.step - kept_steps)
     if checkpoint is not None:
         run.monitor.event(run.state.step, "resume", f"from {checkpoint}")
-    parallel = run.resolved.parallel
+    if run.engine.head.reason is not None:
+        run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {run.engine.head.reason}")
     run.loader = build_loader(
         run.data.train,
         seed=run.args.run.seed,
@@ -308,7 +310,27 @@ def _restore(run: Run) -> None:
         samples_consumed=run.state.samples_consumed,
         pad_token_id=run.tokenizer.pad_token_id or 0,
     )
-    run.startup.done("checkpoint")
+
+
+def _identity(config: Any, data: str, seed: int, block_size: int, global_batch: int) -> dict[str, Any]:
+    """What makes a run this run: with any of it changed, going on would be another one."""
+    volatile = ("transformers_version", "dtype", "_name_or_path")
+    model = {name: value for name, value in config.to_diff_dict().items() if name not in volatile}
+    return {"model": model, "data": data, "seed": seed, "block_size": block_size, "global_batch": global_batch}
+
+
+def _parameter_dtype(resolved: ResolvedConfig) -> Any:
+    """torch.dtype of the model's parameters."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[resolved.precision]
+
+
+def _compute_dtype(resolved: ResolvedConfig) -> Any:
+    """torch.dtype of the matmuls."""
+    import torch
+
+    return getattr(torch, resolved.autocast_dtype) if resolved.autocast_dtype else _parameter_dtype(resolved)
 
 
 def _data_facts(data: Any) -> dict[str, Any]:

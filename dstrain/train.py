@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
         with prepare(args, read_configuration(args), startup) as run:
-            return run.end(train(run))
+            exit_code = train(run)
+            run.end(exit_code, {0: "finished", 75: "stopped on request, after saving"}[exit_code])
+            return exit_code
     except UserError as error:
         return report_user_error(error)
 
