@@ -23,11 +23,11 @@ def hash_words(*words: int) -> np.ndarray:
 def epoch_order(num_samples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
     """Entries start..stop of the permutation of range(num_samples) that belongs to (seed, epoch): int64.
 
-    A Feistel network of eight rounds over the next power of four, walked until it lands inside the range (Black and
-    Rogaway 2002): a bijection that costs memory and time only for the entries asked for, and never changes with the
-    version of NumPy, whose own permutations may.
+    A Feistel network of eight rounds over the next power of four (at least 64, for an even spread), walked until it
+    lands inside the range (Black and Rogaway 2002): a bijection that costs memory and time only for the entries asked
+    for, and never changes with the version of NumPy, whose own permutations may.
     """
-    half = np.uint64(max(2, ((num_samples - 1).bit_length() + 1) // 2))
+    half = np.uint64(max(3, ((num_samples - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = [hash_words(seed, epoch, i) for i in range(8)]
     out = np.arange(start, stop, dtype=np.uint64)
