@@ -37,7 +37,7 @@ def fill_auto(config: dict[str, Any], facts: RunFacts) -> tuple[list[str], dict[
         if key in _FIXED:
             repairs[key] = _FIXED[key]
         elif key in _REFUSED:
-            problems.append(f'{facts.source}: {key} is "auto": {_REFUSED[key]}')
+            problems.append(f'{key} is "auto": {_REFUSED[key]}')
         elif key in (*_BATCH, "scheduler.params.total_num_steps"):
             repairs[key] = (None, "")  # solved, as if it were absent
         elif key == "scheduler.params.warmup_max_lr":
@@ -46,7 +46,7 @@ def fill_auto(config: dict[str, Any], facts: RunFacts) -> tuple[list[str], dict[
         elif key in (widths := _from_width(facts.hidden_size)):
             repairs[key] = widths[key]
         else:
-            problems.append(f'{facts.source}: {key} is "auto", which has no meaning there: write a value or leave it out')
+            problems.append(f'{key} is "auto", which has no meaning there: write a value or leave it out')
     length = "scheduler.params.total_num_steps"
     if get_value(config, "scheduler.type") in _NEEDS_LENGTH and get_value(config, length) in (None, "auto"):
         repairs[length] = (facts.total_steps, "derived: the run's length")

@@ -58,9 +58,7 @@ def solve_batch(
     return Batch(micro_batch * steps * dp_size, micro_batch, steps, origins)
 
 
-def _split(
-    total: int, micro: int | None, steps: int | None, dp_size: int, max_micro: int | None, origin: str
-) -> Batch:
+def _split(total: int, micro: int | None, steps: int | None, dp_size: int, max_micro: int | None, origin: str) -> Batch:
     origins = {} if origin == "user" else {GLOBAL: origin}
     ranks = f"{dp_size} data-parallel rank{'s' if dp_size > 1 else ''}"
     if micro is not None and steps is not None:

@@ -69,7 +69,7 @@ def block(**keys: Key) -> Key:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" (did you mean x?)" or nothing."""
+    """ " (did you mean x?)" or nothing."""
     folded = {word.lower(): word for word in known}
     close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
     return f" (did you mean {folded[close[0]]!r}?)" if close else ""

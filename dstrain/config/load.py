@@ -81,7 +81,7 @@ def apply_overrides(config: dict[str, Any], overrides: Iterable[str]) -> dict[st
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """"a.b=c" -> ("a.b", c)."""
+    """ "a.b=c" -> ("a.b", c)."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or any(not part for part in key.split(".")):

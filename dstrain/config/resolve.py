@@ -7,10 +7,12 @@ from typing import Any
 
 from dstrain.config import batch as batching
 from dstrain.config.auto import fill_auto
+from dstrain.config.case import Case
 from dstrain.config.facts import NO_FACTS, RunFacts
 from dstrain.config.load import apply_overrides, get_value, leaves, parse_override, remove_value, set_value
+from dstrain.config.reading import autocast_dtype, class_of, offload_device, precision
 from dstrain.config.rules import check_rules
-from dstrain.config.schema import check_schema
+from dstrain.config.schema import check_schema, whole_numbers
 from dstrain.errors import UserError
 from dstrain.parallel import ParallelDims
 
@@ -60,7 +62,7 @@ class ResolvedConfig:
 
     @property
     def autocast_dtype(self) -> str | None:
-        """"bfloat16" or "float16" where torch.autocast is on."""
+        """ "bfloat16" or "float16" where torch.autocast is on."""
         return autocast_dtype(self.deepspeed)
 
     @property
@@ -78,12 +80,12 @@ class ResolvedConfig:
 
     @property
     def offload_optimizer(self) -> str | None:
-        """"cpu", "nvme" or None."""
+        """ "cpu", "nvme" or None."""
         return offload_device(self.deepspeed, "offload_optimizer")
 
     @property
     def offload_param(self) -> str | None:
-        """"cpu", "nvme" or None."""
+        """ "cpu", "nvme" or None."""
         return offload_device(self.deepspeed, "offload_param")
 
     def with_facts(self, **facts: Any) -> "ResolvedConfig":
@@ -120,25 +122,6 @@ class _Request:
         )
 
 
-def precision(config: dict[str, Any]) -> str:
-    if get_value(config, "bf16.enabled") is True:
-        return "bf16"
-    return "fp16" if get_value(config, "fp16.enabled") is True else "fp32"
-
-
-def autocast_dtype(config: dict[str, Any]) -> str | None:
-    if get_value(config, "torch_autocast.enabled") is not True:
-        return None
-    return {"fp16": "float16", "half": "float16", "torch.float16": "float16", "float16": "float16"}.get(
-        get_value(config, "torch_autocast.dtype"), "bfloat16"
-    )
-
-
-def offload_device(config: dict[str, Any], block: str) -> str | None:
-    device = get_value(config, f"zero_optimization.{block}.device")
-    return None if device in (None, "none") else device
-
-
 # A wrong value of one of these makes every rule about combinations guess: then only the schema's problems are told.
 _STRUCTURE = (
     "train_batch_size",
@@ -172,16 +155,20 @@ def resolve_config(
     """
     request = _Request(config, world_size, tuple(overrides), stored_global_batch)
     resolved = apply_overrides(config, overrides)
-    origins = {key: "user" for key, _ in leaves(resolved)}
-    origins.update({key: "--set" for key, _ in (parse_override(o) for o in overrides) if key in origins})
+    changed = [parse_override(override)[0] for override in overrides]
+    origins = {
+        key: "--set" if any(f"{key}.".startswith(f"{start}.") for start in changed) else "user"
+        for key, _ in leaves(resolved)
+    }
 
     wrong = check_schema(resolved)
     problems = [problem for _, problem in wrong]
     for key, _ in wrong:
         remove_value(resolved, key)
     if any(key.split(".")[0] in _STRUCTURE for key, _ in wrong):
-        raise UserError(problems)
-    completion = _Completion(resolved, origins, problems)
+        raise _refusal(problems, facts)
+    completion = _Completion(whole_numbers(resolved), origins, problems)
+    resolved = completion.config
     completion.note(fill_auto(resolved, facts))
     try:
         dims = ParallelDims(
@@ -197,12 +184,16 @@ def resolve_config(
             max_micro_batch=facts.max_micro_batch,
         )
     except UserError as error:
-        raise UserError(problems + error.problems) from None
+        raise _refusal(problems + error.problems, facts) from None
     completion.fill_defaults(batch, dims)
-    completion.note(check_rules(resolved, dims, facts, batch))
+    completion.note(check_rules(Case(resolved, dims, facts, batch)))
     if problems:
-        raise UserError(problems)
+        raise _refusal(problems, facts)
     return ResolvedConfig(resolved, origins, dims, batch, facts, request)
+
+
+def _refusal(problems: list[str], facts: RunFacts) -> UserError:
+    return UserError(f"{facts.source}: {problem}" for problem in problems)
 
 
 @dataclass
@@ -249,10 +240,22 @@ class _Completion:
             ("gradient_clipping", 1.0, "default"),
             ("steps_per_print", STEPS_PER_PRINT_NEVER, "derived: dstrain writes the metrics itself"),
         ]
-        if (get_value(self.config, "zero_optimization.stage") or 0) > 0:
+        low_precision_master = [
+            get_value(self.config, key)
+            for key in ("bf16.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads")
+        ]
+        if (get_value(self.config, "zero_optimization.stage") or 0) > 0 and not any(low_precision_master):
             defaults.append(
                 ("data_types.grad_accum_dtype", "fp32", "derived: gradients accumulate in fp32 where DeepSpeed can")
             )
+        cls = class_of(self.config)
+        if cls:
+            own_rates = get_value(self.config, "optimizer.type").lower() == "muon"
+            defaults += [
+                (f"optimizer.params.{name}", cls.params[name].default, "default")
+                for name in ("lr", "weight_decay")
+                if not (own_rates and name == "lr")
+            ]
         for key, value, origin in defaults:
             if get_value(self.config, key) is None:
                 self.set(key, value, origin)

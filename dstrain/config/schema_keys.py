@@ -261,7 +261,7 @@ COMPILE = block(
     passes=texts(),
 )
 # monitor/config.py
-_FILE_MONITOR = dict(enabled=boolean(), output_path=text(""), job_name=text("DeepSpeedJobName"))
+_FILE_MONITOR = {"enabled": boolean(), "output_path": text(""), "job_name": text("DeepSpeedJobName")}
 TENSORBOARD = block(**_FILE_MONITOR)
 CSV_MONITOR = block(**_FILE_MONITOR)
 WANDB = block(enabled=boolean(), group=text(), team=text(), project=text("deepspeed"))
@@ -276,9 +276,7 @@ COMET = block(
     online=boolean(None),
     mode=text(None, ("get", "create", "get_or_create")),
 )
-COMMS_LOGGER = block(
-    enabled=boolean(), prof_all=boolean(True), prof_ops=texts([]), verbose=boolean(), debug=boolean()
-)
+COMMS_LOGGER = block(enabled=boolean(), prof_all=boolean(True), prof_ops=texts([]), verbose=boolean(), debug=boolean())
 TIMERS = block(throughput=block(enabled=boolean(True), synchronized=boolean(True)))
 # runtime/config.py, HybridEngineConfig (reinforcement learning)
 HYBRID_ENGINE = block(
@@ -314,6 +312,8 @@ AUTOTUNING = block(
     min_train_micro_batch_size_per_gpu=integer(1),
     num_tuning_micro_batch_sizes=integer(3),
 )
+# runtime/data_pipeline/constants.py
+DATA_EFFICIENCY = block(enabled=boolean(), seed=integer(1234), data_sampling=free(), data_routing=free())
 # inference/config.py, WeightQuantConfig
 WEIGHT_QUANTIZATION = block(
     enabled=boolean(True),
@@ -324,56 +324,55 @@ WEIGHT_QUANTIZATION = block(
     post_init_quant=free({}),
 )
 
-TOP: dict[str, Key] = dict(
-    train_batch_size=integer(None, low=1),
-    train_micro_batch_size_per_gpu=integer(None, low=1),
-    gradient_accumulation_steps=integer(None, low=1),
-    optimizer=block(type=text(None), params=free(), legacy_fusion=boolean()),
-    scheduler=block(type=text(None), params=free()),
-    gradient_clipping=number(1.0, low=0),
-    zero_optimization=ZERO,
-    bf16=BF16,
-    fp16=FP16,
-    torch_autocast=TORCH_AUTOCAST,
-    data_types=DATA_TYPES,
-    tensor_parallel=TENSOR_PARALLEL,
-    sequence_parallel_size=integer(None, low=1),
-    data_parallel_size=integer(None, low=1),
-    pipeline=PIPELINE,
-    expert_parallel=EXPERT_PARALLEL,
-    use_data_before_expert_parallelism=boolean(),
-    activation_checkpointing=ACTIVATION_CHECKPOINTING,
-    compile=COMPILE,
-    managed_gradient_accumulation=boolean(True),
-    communication_data_type=text(None, ("fp16", "bf16", "fp32"), fold=True),
-    seq_parallel_communication_data_type=text("fp32", ("fp16", "bf16", "fp32"), fold=True),
-    prescale_gradients=boolean(),
-    gradient_predivide_factor=number(1.0, above=0),
-    gradient_allreduce_op=text("mean", ("mean", "sum"), fold=True),
-    zero_allow_untested_optimizer=boolean(),
-    zero_force_ds_cpu_optimizer=boolean(True),
-    checkpoint=CHECKPOINT,
-    datastates_ckpt=free(),
-    aio=AIO,
-    steps_per_print=integer(None, low=1),
-    wall_clock_breakdown=boolean(),
-    memory_breakdown=boolean(),
-    timers=TIMERS,
-    flops_profiler=FLOPS_PROFILER,
-    comms_logger=COMMS_LOGGER,
-    tensorboard=TENSORBOARD,
-    wandb=WANDB,
-    csv_monitor=CSV_MONITOR,
-    comet=COMET,
-    log_level=text(None, ("debug", "info", "warning", "error", "critical")),
-    dump_state=boolean(),
-    disable_python_gc=boolean(),
-    disable_allgather=boolean(),
-    vocabulary_size=integer(None, low=1),
-    dataloader_drop_last=boolean(),
-    data_efficiency=free(),
-    autotuning=AUTOTUNING,
-    hybrid_engine=HYBRID_ENGINE,
-    weight_quantization=WEIGHT_QUANTIZATION,
-)
-
+TOP: dict[str, Key] = {
+    "train_batch_size": integer(None, low=1),
+    "train_micro_batch_size_per_gpu": integer(None, low=1),
+    "gradient_accumulation_steps": integer(None, low=1),
+    "optimizer": block(type=text(None), params=free(), legacy_fusion=boolean()),
+    "scheduler": block(type=text(None), params=free()),
+    "gradient_clipping": number(1.0, low=0),
+    "zero_optimization": ZERO,
+    "bf16": BF16,
+    "fp16": FP16,
+    "torch_autocast": TORCH_AUTOCAST,
+    "data_types": DATA_TYPES,
+    "tensor_parallel": TENSOR_PARALLEL,
+    "sequence_parallel_size": integer(None, low=1),
+    "data_parallel_size": integer(None, low=1),
+    "pipeline": PIPELINE,
+    "expert_parallel": EXPERT_PARALLEL,
+    "use_data_before_expert_parallelism": boolean(),
+    "activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    "compile": COMPILE,
+    "managed_gradient_accumulation": boolean(True),
+    "communication_data_type": text(None, ("fp16", "bf16", "fp32"), fold=True),
+    "seq_parallel_communication_data_type": text("fp32", ("fp16", "bf16", "fp32"), fold=True),
+    "prescale_gradients": boolean(),
+    "gradient_predivide_factor": number(1.0, above=0),
+    "gradient_allreduce_op": text("mean", ("mean", "sum"), fold=True),
+    "zero_allow_untested_optimizer": boolean(),
+    "zero_force_ds_cpu_optimizer": boolean(True),
+    "checkpoint": CHECKPOINT,
+    "datastates_ckpt": free(),
+    "aio": AIO,
+    "steps_per_print": integer(None, low=1),
+    "wall_clock_breakdown": boolean(),
+    "memory_breakdown": boolean(),
+    "timers": TIMERS,
+    "flops_profiler": FLOPS_PROFILER,
+    "comms_logger": COMMS_LOGGER,
+    "tensorboard": TENSORBOARD,
+    "wandb": WANDB,
+    "csv_monitor": CSV_MONITOR,
+    "comet": COMET,
+    "log_level": text(None, ("debug", "info", "warning", "error", "critical")),
+    "dump_state": boolean(),
+    "disable_python_gc": boolean(),
+    "disable_allgather": boolean(),
+    "vocabulary_size": integer(None, low=1),
+    "dataloader_drop_last": boolean(),
+    "data_efficiency": DATA_EFFICIENCY,
+    "autotuning": AUTOTUNING,
+    "hybrid_engine": HYBRID_ENGINE,
+    "weight_quantization": WEIGHT_QUANTIZATION,
+}

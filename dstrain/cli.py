@@ -1,0 +1,69 @@
+"""The `dstrain` command.
+
+    dstrain config check ds_configs/zero2.json --world_size 2
+    dstrain config explain ds_configs/zero2.json --set optimizer.params.lr=1e-4
+    dstrain config migrate old.json > new.json
+
+Each subcommand lives in a module of its own with `add_arguments(parser)` and `run(args) -> int`, imported only when
+asked for, so that `dstrain config` answers without torch.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from dstrain.errors import ExitCode, UserError
+
+# Subcommand -> (module, one line of help).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "config": ("dstrain.config.commands", "check, explain or migrate a DeepSpeed JSON"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors as `UserError`; no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    return "commands:\n" + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run one subcommand and return its exit code. Raises UserError."""
+    top = Parser(
+        prog="dstrain",
+        description="DeepSpeed training that is never silently wrong.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("command", choices=COMMANDS, metavar="command")
+    command = top.parse_args(argv[:1] or ["--help"]).command
+    module = import_module(COMMANDS[command][0])
+    parser = Parser(prog=f"dstrain {command}", description=COMMANDS[command][1])
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv[1:]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point: problems are one line each on stderr, and exit code 2."""
+    try:
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"dstrain: error: {problem}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing to tell, and no message at exit either
+        return ExitCode.CRASH
+
+
+if __name__ == "__main__":
+    sys.exit(main())

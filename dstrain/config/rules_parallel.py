@@ -1,0 +1,115 @@
+"""Rules about pipeline, tensor, sequence and expert parallelism."""
+
+from collections.abc import Iterator
+
+from dstrain.config.case import Case, Repair, Rule
+from dstrain.config.schema_keys import PIPELINE, TENSOR_PARALLEL
+
+
+def pipeline_stage(case: Case) -> Iterator[str]:
+    if case.pipeline and case.stage > 1:
+        yield (
+            f"pipeline.stages with zero_optimization.stage {case.stage} is not possible (the pipeline keeps its own "
+            "gradients): write stage 1"
+        )
+
+
+def pipeline_clipping(case: Case) -> Iterator[str]:
+    if case.pipeline and case.stage == 0 and case.clipping:
+        yield (
+            "pipeline.stages at ZeRO stage 0 clips by the norm of the first pipeline stage only: write "
+            "zero_optimization.stage 1, or gradient_clipping 0"
+        )
+
+
+def pipeline_checkpointing(case: Case) -> Iterator[str | Repair]:
+    if not case.pipeline:
+        return
+    recomputes = case.facts.gradient_checkpointing or case.get("pipeline.activation_checkpoint_interval")
+    given = case.get("pipeline.use_reentrant")
+    if recomputes and given is True:
+        yield "pipeline.use_reentrant true loses the gradients of integer inputs: leave it out"
+    if recomputes and given is None:
+        reason = "derived: reentrant checkpointing needs an input with a gradient, and token ids have none"
+        yield Repair("pipeline.use_reentrant", False, reason)
+
+
+def pipeline_keys_without_stages(case: Case) -> Iterator[str]:
+    values = case.get("pipeline")
+    if isinstance(values, dict) and not case.pipeline:
+        for key, value in values.items():
+            if key != "stages" and value != PIPELINE.keys[key].default:
+                yield f"pipeline.{key} is ignored without pipeline.stages above 1: leave it out"
+        if not values:
+            yield 'pipeline is empty and does nothing: write "stages": N, or leave it out'
+    for key in ("partition", "seed_layers"):
+        if case.pipeline and case.get(f"pipeline.{key}", PIPELINE.keys[key].default) != PIPELINE.keys[key].default:
+            yield f"pipeline.{key} is read by nothing in DeepSpeed 0.19.8: leave it out"
+
+
+def one_model_parallelism(case: Case) -> Iterator[str]:
+    sizes = {
+        "pipeline.stages": case.dims.pp_size,
+        "tensor_parallel.autotp_size": case.dims.tp_size,
+        "sequence_parallel_size": case.dims.sp_size,
+    }
+    on = [key for key, size in sizes.items() if size > 1]
+    if len(on) > 1:
+        yield f"{' and '.join(on)} together are not shown to give the plain numbers: keep one, with data parallelism"
+
+
+def data_parallel_size(case: Case) -> Iterator[str]:
+    if case.get("data_parallel_size") is not None:
+        yield (f"data_parallel_size follows from the number of processes and is {case.dims.dp_size} here: leave it out")
+
+
+def tensor_parallel_keys(case: Case) -> Iterator[str]:
+    values = case.get("tensor_parallel")
+    if not isinstance(values, dict):
+        return
+    if case.dims.tp_size == 1:
+        for key, value in values.items():
+            if key != "autotp_size" and value != TENSOR_PARALLEL.keys[key].default:
+                yield f"tensor_parallel.{key} is ignored without autotp_size above 1: leave it out"
+        if not values:
+            yield 'tensor_parallel is empty and does nothing: write "autotp_size": N, or leave it out'
+        return
+    for key in ("tp", "dtype", "injection_policy_tuple", "kernel_inject", "keep_module_on_host"):
+        if key in values and values[key] != TENSOR_PARALLEL.keys[key].default:
+            yield f"tensor_parallel.{key} is for inference and not for training: leave it out"
+
+
+def tensor_parallel_norm(case: Case) -> Iterator[str]:
+    cls = case.optimizer_class
+    fused = cls is not None and cls.name == "FusedAdam"
+    if case.dims.tp_size > 1 and case.stage == 0 and case.precision != "fp32" and not fused:
+        yield (
+            f"tensor_parallel.autotp_size with {case.precision} at stage 0 computes a wrong gradient norm for "
+            f"{cls.name if cls else 'this optimizer'}: write zero_optimization.stage 1"
+        )
+
+
+def expert_parallel(case: Case) -> Iterator[str]:
+    if case.get("expert_parallel.enabled") is True:
+        yield "expert_parallel does not work with transformers 5 in DeepSpeed 0.19.8: leave it out"
+    if case.get("use_data_before_expert_parallelism"):
+        yield "use_data_before_expert_parallelism is read with expert parallelism only: leave it out"
+
+
+def sequence_parallel_type(case: Case) -> Iterator[str]:
+    if case.get("seq_parallel_communication_data_type", "fp32") != "fp32" and case.dims.sp_size == 1:
+        yield "seq_parallel_communication_data_type is read with sequence_parallel_size above 1 only: leave it out"
+
+
+RULES: tuple[Rule, ...] = (
+    pipeline_stage,
+    pipeline_clipping,
+    pipeline_checkpointing,
+    pipeline_keys_without_stages,
+    one_model_parallelism,
+    data_parallel_size,
+    tensor_parallel_keys,
+    tensor_parallel_norm,
+    expert_parallel,
+    sequence_parallel_type,
+)

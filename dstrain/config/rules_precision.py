@@ -1,0 +1,120 @@
+"""Rules about number types: bf16, fp16, torch.autocast, and the type in which gradients add up."""
+
+from collections.abc import Iterator
+
+from dstrain.config.case import Case, Repair, Rule
+
+_SHORT = {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}
+
+
+def one_precision(case: Case) -> Iterator[str]:
+    on = [name for name in ("bf16", "fp16", "torch_autocast") if case.get(f"{name}.enabled") is True]
+    if "bf16" in on and "fp16" in on:
+        yield "bf16 and fp16 are both enabled: keep one"
+    elif len(on) > 1:
+        yield f"{on[0]} and torch_autocast are both enabled, where autocast has nothing left to cast: keep one"
+
+
+def device_has_precision(case: Case) -> Iterator[str]:
+    if case.precision == "fp16" and case.facts.device_supports_fp16 is False:
+        yield f"fp16 is not supported by this {_device(case)}: write bf16, or leave fp16 out for fp32"
+    if case.precision == "bf16" and case.facts.device_supports_bf16 is False:
+        yield f"bf16 is not supported by this {_device(case)}: write fp16, or leave bf16 out for fp32"
+
+
+def _device(case: Case) -> str:
+    return "CPU" if case.facts.device == "cpu" else "device"
+
+
+def autocast_names_its_type(case: Case) -> Iterator[Repair]:
+    if case.autocast and case.get("torch_autocast.dtype") is None:
+        reason = "derived: without it torch takes bfloat16 on a CPU and float16 on a GPU"
+        yield Repair("torch_autocast.dtype", "bfloat16", reason)
+
+
+def autocast_float16_norm(case: Case) -> Iterator[str]:
+    if case.autocast == "float16" and case.stage in (1, 2):
+        yield (
+            f"torch_autocast float16 at stage {case.stage} leaves the loss scale in the gradient norm, so that "
+            'clipping is wrong: write "dtype": "bfloat16", or stage 3'
+        )
+
+
+def accumulation_type_at_stage_0(case: Case) -> Iterator[str]:
+    asked = case.get("data_types.grad_accum_dtype")
+    if case.stage == 0 and asked is not None and _SHORT.get(asked, asked) != case.precision:
+        yield (
+            f"data_types.grad_accum_dtype {asked} with {case.precision} is refused by DeepSpeed at stage 0: "
+            "write stage 1, or leave it out"
+        )
+
+
+def accumulation_in_16_bits(case: Case) -> Iterator[str]:
+    """At stage 0 gradients of several micro-batches add up in the parameters' own 16 bits."""
+    steps = case.batch.gradient_accumulation_steps
+    unsaid = case.get("data_types.grad_accum_dtype") is None
+    if case.stage == 0 and case.precision != "fp32" and steps > 1 and unsaid:
+        yield (
+            f"{case.precision} at stage 0 adds up {steps} micro-batches in {case.precision}: write stage 1 (adds up "
+            f'in fp32), or say it with "data_types": {{"grad_accum_dtype": "{case.precision}"}}'
+        )
+
+
+def parameter_type(case: Case) -> Iterator[str]:
+    asked = case.get("data_types.param_dtype")
+    if asked is not None and _SHORT.get(asked, asked) != case.precision:
+        yield (
+            f"data_types.param_dtype {asked} contradicts the precision {case.precision}: leave it out, or enable "
+            f"{_SHORT.get(asked, asked)}"
+        )
+
+
+def kept_modules(case: Case) -> Iterator[str]:
+    kept = case.get("data_types.keep_in_fp32_modules")
+    if kept is None or kept == "auto":
+        return
+    if not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
+        yield 'data_types.keep_in_fp32_modules is neither "auto" nor a list of names: write one of the two'
+
+
+def master_weights(case: Case) -> Iterator[str]:
+    for name in ("bf16", "fp16"):
+        key = f"{name}.{name}_master_weights_and_grads"
+        if not case.get(key):
+            continue
+        states_too = name == "bf16" and case.get("bf16.bf16_optimizer_states")
+        on_cpu = case.offload_optimizer and case.optimizer in ("Adam", "AdamW")
+        if case.stage == 0:
+            yield f"{key} is refused by DeepSpeed at stage 0: write stage 1, 2 or 3"
+        elif not on_cpu and not (states_too and not case.offload_optimizer):
+            more = ", or bf16_optimizer_states true" if name == "bf16" else ""
+            yield f"{key} needs Adam or AdamW offloaded to cpu{more}: add one, or leave it out"
+    if case.get("bf16.bf16_optimizer_states") and not case.get("bf16.bf16_master_weights_and_grads"):
+        yield "bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads: add it, or leave both out"
+
+
+def immediate_update(case: Case) -> Iterator[str]:
+    if case.get("bf16.immediate_grad_update") and not (case.precision == "bf16" and case.stage == 1):
+        yield "bf16.immediate_grad_update is read with bf16 at stage 1 only: leave it out"
+    elif case.get("bf16.immediate_grad_update") and case.offload_optimizer:
+        yield "bf16.immediate_grad_update is ignored with offload_optimizer: leave it out"
+
+
+def lamb_scale(case: Case) -> Iterator[str]:
+    if case.optimizer == "Lamb" and case.get("fp16.loss_scale"):
+        yield "optimizer.type Lamb needs dynamic loss scaling: leave fp16.loss_scale out"
+
+
+RULES: tuple[Rule, ...] = (
+    one_precision,
+    device_has_precision,
+    autocast_names_its_type,
+    autocast_float16_norm,
+    accumulation_type_at_stage_0,
+    accumulation_in_16_bits,
+    parameter_type,
+    kept_modules,
+    master_weights,
+    immediate_update,
+    lamb_scale,
+)
