@@ -35,18 +35,19 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int) -> MicroBatch:
     return batch
 
 
-def num_tokens(batch: MicroBatch) -> int:
-    """Tokens of a micro-batch without padding.
+def num_tokens(batch: MicroBatch) -> torch.Tensor:
+    """Tokens of a micro-batch without padding: int64 scalar on the batch's device.
 
     Packed rows have no attention_mask, which would hide from Hugging Face's attention that several documents are in
     one row: their padding is a run of one-token documents (position 0, then 0 again); a real one has at least two.
     """
     if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
+        return batch["attention_mask"].sum()
+    count = torch.ones_like(batch["input_ids"])
     if "position_ids" in batch:
         at_start = torch.nn.functional.pad(batch["position_ids"] == 0, (0, 1), value=True)
-        return batch["input_ids"].numel() - int((at_start[:, :-1] & at_start[:, 1:]).sum())
-    return batch["input_ids"].numel()
+        count -= (at_start[:, :-1] & at_start[:, 1:]).long()
+    return count.sum()
 
 
 def _step_plan(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:

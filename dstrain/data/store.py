@@ -197,12 +197,11 @@ def _segments(source: Source, encoder: TextEncoder, hashes: list[int], facts: di
 def _encode_in_threads(
     segments: Iterator[_Segment], encoder: TextEncoder
 ) -> Iterator[tuple[list[_Segment], list[np.ndarray]]]:
-    workers = len(os.sched_getaffinity(0))
     pending: deque = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(encoder.num_threads) as pool:
         for job in _jobs(segments):
             pending.append((job, pool.submit(encoder.encode, [segment.text for segment in job])))
-            if len(pending) > 2 * workers:
+            if len(pending) > 2 * encoder.num_threads:
                 done, future = pending.popleft()
                 yield done, future.result()
         while pending:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 class TextEncoder:
-    """Turns texts into arrays of ids, safe to call from several threads at once.
+    """Turns texts into arrays of ids; `encode` may be called from `num_threads` threads at once.
 
     The tokenizers library releases the GIL, so threads use all cores, without the processes (and their copies of the
     vocabulary) that `datasets.map(num_proc=...)` would start after the process group is up.
@@ -83,6 +84,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.dtype = np.dtype(np.uint16 if num_token_ids(tokenizer) <= 2**16 else np.uint32)
         self._backend = None
+        self.num_threads = 1  # tokenizers written in Python hold the GIL, and need not be safe to share
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             from tokenizers import Tokenizer
@@ -92,6 +94,7 @@ class TextEncoder:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = backend.encode_special_tokens
+            self.num_threads = len(os.sched_getaffinity(0))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text [n] without special tokens around them."""
@@ -124,7 +127,7 @@ class TextEncoder:
                 return None
             if text[position - 2].isspace() or text[position].isspace():
                 continue
-            left, right = text[position - around : position], text[position : position + around]
+            left, right = text[max(0, position - around) : position], text[position : position + around]
             across, first, second = self.encode([left + right, left, right])
             if np.array_equal(across, np.concatenate([first, second])):
                 return position
