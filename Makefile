@@ -34,9 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "making .venv with $$($(PYTHON) --version) from pyproject.toml and constraints.txt: a minute or two"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@start=$$SECONDS; set -e; cd $(CURDIR); \
-	echo "  torch ..."; $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt torch; \
+	echo "  torch ..."; $(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt torch; \
 	echo "  dstrain[$(EXTRAS)] ..."; \
-	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
+	$(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
 	echo "made .venv in $$((SECONDS - start)) s"
 	@touch $@
 

@@ -173,16 +173,17 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
 
     builders, root = list(builders), extensions_root()
     use_own_programs()
-    if problems := missing_for_builds(builders):
-        raise UserError(problems)
     remove_stale_locks(root, say)
+    unbuilt = [name for name in builders if not is_built(_builder(name).name, root)]
+    if unbuilt and (problems := missing_for_builds(unbuilt)):
+        raise UserError(problems)
     usual_s = CUDA_BUILDERS if torch.cuda.is_available() else CPU_BUILDERS
     built = []
     for name in builders:
         builder = _builder(name)
         library = root / builder.name / f"{builder.name}.so"
         before = library.stat().st_mtime_ns if library.exists() else None
-        if not is_built(builder.name, root):
+        if name in unbuilt:
             lock = root / builder.name / "lock"
             if lock.exists() and (pid := lock_holder(lock)) is not None:
                 say(f"{builder.name}: process {pid} is building it, waiting")
@@ -220,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
             builders = required_builders(load_config(args.deepspeed_config), device)
         else:
             builders = list(CUDA_BUILDERS if device == "cuda" else CPU_BUILDERS)
-            if missing := missing_for_builds(["AsyncIOBuilder"]):
-                print(f"left out async_io: {missing[0]}")
+            if not _builder("AsyncIOBuilder").is_compatible(verbose=False):
+                print("left out async_io (NVMe offload): no libaio: apt-get install libaio-dev")
                 builders = [name for name in builders if name not in ("PinMemoryBuilder", "AsyncIOBuilder")]
         ops = build_ops(builders)
     except UserError as error:
