@@ -23,7 +23,6 @@ _STYLE: Any = {
     "grid.color": "#eceff4",
     "xtick.color": "#6b7482",
     "ytick.color": "#6b7482",
-    "legend.frameon": False,
     "svg.hashsalt": "dstrain",  # the same run gives the same file
 }
 
@@ -44,13 +43,17 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
     return [sum(xs[g]) / len(xs[g]) for g in groups], [sum(ys[g]) / len(ys[g]) for g in groups]
 
 
-def smooth(points: Points, span: int) -> Points:
-    """Exponential moving average over about `span` points, without a bias to the first value."""
-    decay, average, weight, result = 1 - 2 / (span + 1), 0.0, 0.0, []
-    for value in points[1]:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(average / weight)
-    return points[0], result
+def smooth(points: Points, reach: int) -> Points:
+    """Mean over the neighbours up to `reach` away on both sides (fewer near the ends), so that it does not lag."""
+    xs, ys = points
+    sums = [0.0]
+    for value in ys:
+        sums.append(sums[-1] + value)
+    result = []
+    for i in range(len(ys)):
+        near = min(reach, i, len(ys) - 1 - i)
+        result.append((sums[i + near + 1] - sums[i - near]) / (2 * near + 1))
+    return xs, result
 
 
 class Chart:
@@ -67,9 +70,8 @@ class Chart:
         self.axes.set_xlabel("step")
         self.axes.set_ylabel(ylabel)
         self.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        for i, step in enumerate(resumed_at):
-            label = "resumed" if i == 0 else None
-            self.axes.axvline(step, color=COLORS["grey"], linewidth=0.8, linestyle=":", label=label)
+        for step in resumed_at:
+            self.axes.axvline(step, color=COLORS["grey"], linewidth=0.9, linestyle=":")
 
     def line(self, points: Points, color: str, label: str | None = None, **style: Any) -> None:
         xs, ys = thin(points)
@@ -80,11 +82,11 @@ class Chart:
         import matplotlib
 
         if from_zero:
-            self.axes.set_ylim(bottom=0)
+            self.axes.set_ylim(0, self.axes.get_ylim()[1] * 1.05)
         if percent:
             self.axes.yaxis.set_major_formatter("{x:g}%")
         if self.axes.get_legend_handles_labels()[0]:
-            self.axes.legend(fontsize=8.5, labelcolor="#4b5565")
+            self.axes.legend(fontsize=8.5, labelcolor="#4b5565", framealpha=0.85, edgecolor="none", loc="best")
         out = io.BytesIO()
         with matplotlib.rc_context(_STYLE):
             self._figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
@@ -102,8 +104,16 @@ def draw_charts(train: list[dict], evals: list[dict], resumed_at: Sequence[int])
         noisy = len(loss[0]) >= 50
         chart.line(loss, "light" if noisy else "blue", "training loss", linewidth=0.9 if noisy else 1.4)
         if noisy:
-            chart.line(smooth(loss, max(5, len(loss[0]) // 40)), "blue", "training loss, smoothed")
+            chart.line(smooth(loss, max(3, len(loss[0]) // 60)), "blue", "training loss, smoothed")
         chart.line(held_out, "orange", "held-out loss", marker="o", markersize=4)
+        for step in resumed_at:
+            near: dict[str, Any] = {
+                "xytext": (3, -8),
+                "textcoords": "offset points",
+                "fontsize": 7.5,
+                "color": COLORS["grey"],
+            }
+            chart.axes.annotate("resumed", (step, 1.0), xycoords=chart.axes.get_xaxis_transform(), **near)
         charts["Loss"] = chart.uri()
     singles = (
         ("Learning rate", "learning_rate", "", "blue", True),
@@ -132,9 +142,11 @@ def draw_charts(train: list[dict], evals: list[dict], resumed_at: Sequence[int])
 def _memory(train: list[dict], resumed_at: Sequence[int]) -> str:
     chart = Chart("GiB, largest rank", resumed_at=resumed_at)
     device, host = column(train, "peak_device_memory_gib"), column(train, "host_memory_gib")
-    if device != host:  # on CPU the device's memory is the host's
+    if device == host:  # a CPU: the device's memory is the host's
+        chart.line(host, "blue")
+    else:
         chart.line(device, "blue", "device")
-    chart.line(host, "orange", "host process")
+        chart.line(host, "orange", "host process")
     return chart.uri(from_zero=True)
 
 

@@ -129,13 +129,14 @@ def host_peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def device_peak_memory_gib(device: Any) -> float:
-    """Peak memory of this rank's device in GiB: the allocator's on an accelerator; on CPU the peak resident set.
+def peak_memory_gib(device: Any) -> tuple[float, float]:
+    """(device, host) peak memory of this rank in GiB: the allocator's on an accelerator, the peak resident set on host.
 
-    (On CPU the accelerator's own figure is the resident set sampled at calls, not a peak.)
+    On CPU both are the peak resident set; the accelerator's own figure there is sampled at calls, and no peak.
     """
+    host = host_peak_memory_gib()
     if device.type == "cpu":
-        return host_peak_memory_gib()
+        return host, host
     import torch
 
-    return torch.accelerator.max_memory_allocated(device) / GIB
+    return torch.accelerator.max_memory_allocated(device) / GIB, host

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstrain.errors import ExitCode
-from dstrain.monitor.devices import device_peak_memory_gib, host_peak_memory_gib
+from dstrain.monitor.devices import peak_memory_gib
 from dstrain.monitor.metrics import MetricsWriter, median_fields
 from dstrain.monitor.progress import NullProgress
 from dstrain.monitor.trackers import EVAL_NAMES, TRAIN_NAMES, NullTrackers
@@ -130,7 +130,7 @@ class Monitor:
     def _write_window(self, collective: bool) -> None:
         window = self._window
         window.settle()
-        memory = [device_peak_memory_gib(self._device), host_peak_memory_gib()]
+        memory = list(peak_memory_gib(self._device))
         device_gib, host_gib = self._max_over_ranks(memory) if collective else memory
         seconds = window.sums["step_time_s"]
         tokens_per_second = window.tokens_processed / seconds if seconds > 0 else None

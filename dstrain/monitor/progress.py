@@ -99,16 +99,16 @@ class RichProgress(NullProgress):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        # Soft wrapping off: a line that wraps breaks the bar's redrawing.
         self._console = Console(file=stream, highlight=False)
+        wide = self._console.width >= 80  # a narrower terminal would cut the step and the time left
+        details = [TextColumn("mfu {task.fields[mfu]}"), TextColumn("{task.fields[memory]} GiB")] if wide else []
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("loss [bold]{task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tok/s"),
-            TextColumn("mfu {task.fields[mfu]}"),
-            TextColumn("{task.fields[memory]} GiB"),
+            *details,
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
             console=self._console,

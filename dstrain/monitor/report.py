@@ -56,7 +56,7 @@ def _contents(run_dir: Path, facts: dict[str, Any], lines: list[dict[str, Any]])
     summary = kinds["summary"][-1] if kinds["summary"] else None
     return {
         "name": run_dir.resolve().name,
-        "folder": str(run_dir.resolve()),
+        "headline": " · ".join([*_headline(facts), str(run_dir.resolve())]),
         "metrics_file": METRICS_FILE,
         "summary": summary,
         "cards": _cards(kinds, summary),
@@ -68,6 +68,23 @@ def _contents(run_dir: Path, facts: dict[str, Any], lines: list[dict[str, Any]])
         "configuration": _with_origins(facts.get("deepspeed_config", {}), facts.get("origins", {})),
         "tables": _tables(facts),
     }
+
+
+def _headline(facts: dict[str, Any]) -> list[str]:
+    """What was trained, on what, how: as far as run.json knows."""
+    config, world = facts.get("deepspeed_config", {}), facts.get("world", {})
+    model = facts.get("identity", {}).get("model", {})
+    words = [model["model_type"]] if isinstance(model, dict) and "model_type" in model else []
+    if "num_parameters" in facts:
+        words.append(f"{format_count(facts['num_parameters'])} parameters")
+    if "source" in facts.get("data", {}):
+        words.append(facts["data"]["source"])
+    if config:
+        precision = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+        words.append(f"ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}, {precision}")
+    if "world_size" in world:
+        words.append(f"{world['world_size']} devices" if world["world_size"] > 1 else "1 device")
+    return words
 
 
 def _cards(kinds: dict[str, list[dict]], summary: dict[str, Any] | None) -> list[tuple[str, str, str]]:
