@@ -28,6 +28,7 @@ GENERIC = {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
     "linear_num_heads": 4, "linear_head_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "output_router_logits": True,
     "is_decoder": True, "add_cross_attention": False, "use_cache": False,
 }  # fmt: skip
 
@@ -35,23 +36,30 @@ GENERIC = {
 _MLA = {"num_key_value_heads": 4, "head_dim": 8}  # latent attention: as many key heads as query heads
 _SPARSE = ["dense", "sparse", "sparse", "sparse"]
 _SLIDING = ["sliding_attention", "full_attention"] * 2
+_DOTS3 = {**_MLA, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+          "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "shared_experts_intermediate_size": 16}
+_QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
+          "hc_lowrank": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
+    "blt": {"encoder_hash_byte_group_vocab": 64, "vocab_size": 260},
+    "qwen4_exp": {"text_config": _QWEN4},
     "axk2": _MLA,
-    "bailing_hybrid": {**_MLA, "partial_rotary_factor": 1.0, "layer_group_size": 2},
+    "bailing_hybrid": {**_MLA, "n_group": 1, "partial_rotary_factor": 1.0, "layer_group_size": 2},
     "bamba": {"mamba_n_heads": 8, "mamba_d_state": 8, "attn_layer_indices": [1, 3]},
     "beam": {"partial_rotary_factor": 1.0},
     "codegen": {"rotary_dim": 4},
-    "cohere_compass_text": {"rope_parameters": None},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}},
     "cpmant": {"dim_ff": 48, "dim_head": 8, "prompt_length": 4, "prompt_types": 4, "segment_types": 4, "init_std": 0.02},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2}},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 1},
     "deepseek_v32": _MLA,
     "deepseek_v4": {"o_lora_rank": 8, "o_groups": 2, "num_key_value_heads": 1, "num_nextn_predict_layers": 0},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note": {"text_config": _MLA},
-    "dots3_note_text": _MLA,
+    "dots3_note": {"text_config": _DOTS3, "vision_config": {"num_hidden_layers": 42}},
+    "dots3_note_text": _DOTS3,
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _SLIDING, "intermediate_size": 48},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}, "backbone_hidden_size": 32},
     "glm4_moe_lite": _MLA,
@@ -70,13 +78,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2, "hc_lowrank": 8,
-                       "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 3], "is_decoder": True},
     "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "youtu": _MLA,
-    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "attention_head_dim": 16, "num_key_value_heads": 4, "use_mamba_kernels": False},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"], "mamba_d_state": 8,
+              "attention_head_dim": 16, "num_key_value_heads": 4, "use_mamba_kernels": False},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 8, "num_key_value_heads": 4, "adapter_rank": 8, "use_mamba_kernels": False},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip

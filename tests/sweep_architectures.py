@@ -60,9 +60,9 @@ def run_stages(stages: list[Stage], inputs: dict[str, Tensor]):
     received: list[tuple[Tensor, ...]] = [()]
     sent: list[tuple[Tensor, ...]] = []
     for stage in stages[:-1]:
-        sent.append(stage(received[-1], **inputs))
+        sent.append(stage.run(received[-1], **inputs))
         received.append(tuple(t.detach().requires_grad_(t.is_floating_point()) for t in sent[-1]))
-    output = stages[-1](received[-1], **inputs)
+    output = stages[-1].run(received[-1], **inputs)
     output.loss.backward()
     for outputs, inputs_of_next in zip(reversed(sent), reversed(received), strict=False):
         pairs = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dstrain.errors import UserError
-from dstrain.models.pipeline_probe import LayerGraph, NotAChain, probe_layers
+from dstrain.models.pipeline_probe import LayerGraph, Leaf, NotAChain, probe_layers
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class PipelinePlan:
     @property
     def num_stages(self) -> int:
         return len(self.needs)
+
+    def received(self, stage: int) -> tuple[Leaf, ...]:
+        """What stage gets from the one before it: the inputs of its first layer, then what is left for the end."""
+        if stage == 0:
+            return ()
+        first = self.bounds[stage]
+        echoes = [echo.leaf for layer in self.graph.echoes[:first] for echo in layer]
+        return (*(slot.leaf for slot in self.graph.slots[first]), *echoes)
 
     @property
     def tied(self) -> dict[str, tuple[int, ...]]:

@@ -30,7 +30,14 @@ Path = tuple[Any, ...]
 
 
 class NotAChain(Exception):
-    """The model's layers cannot be cut into a pipeline; the message says why, for the end of a sentence."""
+    """The model's layers cannot be cut into a pipeline; the message says why, for the end of a sentence.
+
+    unused: the list of layers that was tried does not run at all.
+    """
+
+    def __init__(self, reason: str, unused: bool = False):
+        super().__init__(reason)
+        self.unused = unused
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,24 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A tensor that a layer gets from the layers before it: where in (args, kwargs), and its form."""
+
+    path: Path
+    leaf: Leaf
+
+
+@dataclass(frozen=True)
 class Echo:
     """A tensor that a module inside a layer leaves for the end of the model (router logits of a MoE layer)."""
 
+    leaf: Leaf
     places: tuple[tuple[str, int, Any], ...]  # module that returns it, index among its tensors, its output as Leaf-s
 
 
 @dataclass
 class LayerGraph:
-    """What the probe found. `slots[i]`: paths into (args, kwargs) of layer i that earlier layers feed.
+    """What the probe found. slots[i]: what layer i gets from earlier layers.
 
     needs[i]: names of the parameters that work between the input of layer i and that of layer i + 1 (or the end).
     outputs[i]: output of layer i with a Leaf for each tensor. echoes[i]: tensors layer i leaves for the end.
@@ -64,7 +80,7 @@ class LayerGraph:
 
     layers: str
     num_layers: int
-    slots: list[tuple[Path, ...]] = field(default_factory=list)
+    slots: list[tuple[Slot, ...]] = field(default_factory=list)
     needs: list[frozenset[str]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     echoes: list[tuple[Echo, ...]] = field(default_factory=list)
@@ -72,18 +88,18 @@ class LayerGraph:
     before: frozenset[str] = frozenset()  # parameters that work before the first layer
 
 
-def find_layers(model: nn.Module) -> str:
-    """Name of the list of decoder layers: from the model's pipeline plan, else its largest list of modules."""
+def find_layers(model: nn.Module) -> list[str]:
+    """Names of lists that may be the decoder's layers, best first: those of the pipeline plan, then the largest."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
-    base = getattr(model, "base_model", model)
-    planned = getattr(getattr(base, "config", None), "base_model_pp_plan", None) or {}
-    for name, module in lists.items():
-        if any(module is getattr(base, key, None) for key in planned):
-            return name
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    planned = getattr(model.config.get_text_config(), "base_model_pp_plan", None) or {}
+
+    def rank(name: str) -> tuple[bool, int]:
+        return name.rsplit(".", 1)[-1] in planned, sum(p.numel() for p in outer[name].parameters())
+
     if not outer:
         raise NotAChain("it has no list of layers")
-    return max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+    return sorted(outer, key=rank, reverse=True)
 
 
 def tensors(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
@@ -154,8 +170,9 @@ class _Marks(TorchDispatchMode):
                 self.crossing.add(self.address(tensor))
         if mask:
             mask |= self.segment
-            outputs = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-            for tensor in outputs + _written(func, args, kwargs):
+            read = {self.address(t) for t in inputs}  # a view is what it is a view of
+            made = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and self.address(t) not in read]
+            for tensor in made + _written(func, args, kwargs):
                 self.set(tensor, self.get(tensor) | mask)
         return output
 
@@ -211,7 +228,7 @@ class _Probe:
         if i and not carried:
             raise NotAChain(f"layer {i} does not read what layer {i - 1} made")
         self.close_segment([leaf for _, leaf in (carried if i else found)])
-        self.graph.slots.append(tuple(path for path, _ in carried))
+        self.graph.slots.append(tuple(Slot(path, _describe(leaf)) for path, leaf in carried))
         tree = [list(args), kwargs]
         self.next += 1
         self.marks.segment = self.segment(i)
@@ -253,7 +270,7 @@ class _Probe:
     def finish(self, output: Any) -> LayerGraph:
         """Close the last segment with what a training loss reads: the logits and a MoE model's auxiliary loss."""
         if self.next != len(self.modules):
-            raise NotAChain(f"only {self.next} of its {len(self.modules)} layers run")
+            raise NotAChain(f"only {self.next} of its {len(self.modules)} layers run", unused=self.next == 0)
         results = [output[key] for key in ("logits", "aux_loss") if isinstance(output.get(key), Tensor)]
         self.close_segment(results)
         last = self.graph.num_layers - 1
@@ -262,7 +279,7 @@ class _Probe:
             crossing = {a for a in self.marks.crossing if self.marks.masks[a] & self.segment(i)}
             made = {key: places for key, places in self.made[i].items() if key[0] in crossing}
             if crossing and {address for address, _ in made} == crossing:
-                echoes[i] = tuple(Echo(tuple(places)) for places in made.values())  # in the order they were made
+                echoes[i] = tuple(_echo(places) for places in made.values())  # in the order they were made
                 self.graph.leaks.discard((i, last))
         self.graph.echoes = echoes
         return self.graph
@@ -275,6 +292,11 @@ class _Probe:
         with self.hooks(), self.marks:
             output = functional_call(self.model, weights, kwargs=dict(inputs))
         return self.finish(output)
+
+
+def _echo(places: list[tuple[str, int, Any]]) -> Echo:
+    _, index, output = places[0]
+    return Echo([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Leaf)][index], tuple(places))
 
 
 def _describe(leaf: Any) -> Leaf | None:
@@ -312,17 +334,44 @@ def probe_layers(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -
     inputs: keyword arguments for models that need more than `input_ids` [3, 11].
     Raises NotAChain with the reason. The model is left as it was.
     """
-    layers = find_layers(model)
     was_training = model.training
     model.train()
     try:
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                return _run(model, layers, _fake_weight, inputs)
-        except NotAChain:
-            raise
-        except Exception:  # noqa: BLE001 - the model asks for values; then it gets some
-            constant = sum(p.numel() for p in model.parameters()) > _REAL_PROBE_MAX_PARAMETERS
-            return _run(model, layers, partial(_real_weight, constant), inputs)
+        reasons = []
+        for layers in find_layers(model):
+            try:
+                return _run_fake_or_real(model, layers, inputs)
+            except NotAChain as reason:
+                reasons.append(reason)
+                if not reason.unused:
+                    break  # this is the decoder; other lists (a vision tower's) may be unused
+        raise reasons[0] if reasons[-1].unused else reasons[-1]
     finally:
         model.train(was_training)
+
+
+def _run_fake_or_real(model: nn.Module, layers: str, inputs: Mapping[str, Tensor] | None) -> LayerGraph:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _fakeable_experts(model):
+            return _run(model, layers, _fake_weight, inputs)
+    except NotAChain:
+        raise
+    except Exception:  # noqa: BLE001 - the model asks for values; then it gets some
+        constant = sum(p.numel() for p in model.parameters()) > _REAL_PROBE_MAX_PARAMETERS
+        return _run(model, layers, partial(_real_weight, constant), inputs)
+
+
+@contextmanager
+def _fakeable_experts(model: nn.Module) -> Iterator[None]:
+    """Experts by batched matmul while the probe runs: the only implementation whose shapes do not depend on values."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    chosen = {key: getattr(c, "_experts_implementation_internal", None) for key, c in configs.items()}
+    for key, config in configs.items():
+        if chosen[key] is not None:
+            config._experts_implementation_internal = "batched_mm"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            if chosen[key] is not None:
+                config._experts_implementation_internal = chosen[key]

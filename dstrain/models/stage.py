@@ -18,6 +18,9 @@ from dstrain.models.pipeline import PipelinePlan
 from dstrain.models.pipeline_probe import Leaf, get, put
 
 
+Stub = tuple[nn.Module, str, torch.Size]
+
+
 class _StageEnd(Exception):
     """Leaves the model's forward after the last layer of the stage."""
 
@@ -25,7 +28,7 @@ class _StageEnd(Exception):
 class Stage(nn.Module):
     """`model` as stage `index` of `plan`. The model given is pruned in place.
 
-    forward(carried, **inputs): carried is what the stage before returned (empty for the first); returns a tuple of
+    run(carried, **inputs): carried is what the stage before returned (empty for the first); returns a tuple of
     tensors for the next stage, or the model's own output from the last. Parameters keep the model's own names behind
     `model.`.
     """
@@ -40,20 +43,9 @@ class Stage(nn.Module):
         self._echoes: list[Tensor] = []
         self._running = False
         self._size = (0, 0)
-        self._stubs: list[tuple[nn.Module, str, torch.Size]] = []
+        self._stubs = prune(model, plan.needs[index])
         _disable_cache(model)
-        self._take_out_foreign_parameters()
         self._hook_layers()
-
-    def _take_out_foreign_parameters(self) -> None:
-        """A foreign parameter becomes a plain zero of its shape that occupies one element: the code around still runs."""
-        own = {id(p) for name, p in self.model.named_parameters() if name in self.plan.needs[self.index]}
-        for module in self.model.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None and id(parameter) not in own:
-                    del module._parameters[name]
-                    setattr(module, name, torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
-                    self._stubs.append((module, name, parameter.shape))
 
     def _hook_layers(self) -> None:
         graph = self.plan.graph
@@ -75,12 +67,12 @@ class Stage(nn.Module):
         if not self._running:
             return None  # a recomputation in the backward pass: its inputs are the saved ones
         tree: Any = [list(args), kwargs]
-        for path, tensor in zip(self.plan.graph.slots[self.first], self._carried, strict=False):
-            tree = put(tree, path, tensor)
+        for slot, tensor in zip(self.plan.graph.slots[self.first], self._carried, strict=False):
+            tree = put(tree, slot.path, tensor)
         return tuple(tree[0]), tree[1]
 
     def _leave(self, i: int, *args: Any, **kwargs: Any) -> None:
-        slots = tuple(get([args, kwargs], path) for path in self.plan.graph.slots[i])
+        slots = tuple(get([args, kwargs], slot.path) for slot in self.plan.graph.slots[i])
         self._sent = (*slots, *self._received_echoes(), *self._echoes)
         raise _StageEnd
 
@@ -136,9 +128,9 @@ class Stage(nn.Module):
         if stub.device == device and stub.dtype == dtype:
             return
         for module, name, shape in self._stubs:
-            setattr(module, name, torch.zeros((), dtype=dtype, device=device).expand(shape))
+            setattr(module, name, _stub(shape, dtype, device))
 
-    def forward(self, carried: Sequence[Tensor] = (), **inputs: Tensor) -> Any:
+    def run(self, carried: Sequence[Tensor] = (), **inputs: Tensor) -> Any:
         self._carried, self._sent, self._echoes = tuple(carried), (), []
         self._size = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
         self._refresh_stubs()
@@ -150,6 +142,30 @@ class Stage(nn.Module):
         finally:
             self._running = False
             self._carried, self._sent, self._echoes = (), (), []
+
+
+def prune(model: nn.Module, own: frozenset[str]) -> list[Stub]:
+    """Take out the parameters that are not named in `own`; returns all that were ever taken out.
+
+    Each becomes a plain tensor of zeros of its shape that occupies one element, so that the code around still runs.
+    """
+    kept = {id(p) for name, p in model.named_parameters() if name in own}
+    stubs: list[Stub] = getattr(model, "_foreign_parameters", [])
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) not in kept:
+                del module._parameters[name]
+                stubs.append((module, name, parameter.shape))
+                setattr(module, name, _stub(parameter.shape, parameter.dtype, torch.device("cpu")))
+    model._foreign_parameters = stubs
+    return stubs
+
+
+def _stub(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that occupy one element."""
+    zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
+    zeros._is_hf_initialized = True  # Hugging Face's initialisers leave such a tensor alone
+    return zeros
 
 
 def _disable_cache(model: nn.Module) -> None:

@@ -1,0 +1,61 @@
+"""Build the stage of one rank: planned on meta, then only its own weights made or read."""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dstrain.arguments import ModelArguments
+from dstrain.models.build import _build_on_meta
+from dstrain.models.initial_weights import initialise
+from dstrain.models.pipeline import PipelinePlan, plan_pipeline
+from dstrain.models.pipeline_module import PipeStage
+from dstrain.models.stage import prune
+
+
+def build_stage(
+    margs: ModelArguments,
+    config: PreTrainedConfig,
+    *,
+    index: int,
+    num_stages: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device = torch.device("cpu"),
+) -> PipeStage:
+    """Stage `index` of the model in training mode, with parameters in `dtype` on `device`.
+
+    The weights are those that `build_model` gives, from scratch by (seed, name) or pretrained; nothing else is
+    allocated or read. Raises UserError, before anything is built, for a model that is no chain of layers.
+    """
+    model = _build_on_meta(margs, config)
+    plan = plan_pipeline(model, num_stages)
+    if margs.model_name_or_path:
+        model = _load_own(type(model), margs, plan, index, dtype)
+    stage = PipeStage(model, plan, index)
+    if not margs.model_name_or_path:
+        initialise(model, seed, dtype, lambda unit: None)
+    model.config.dtype = dtype
+    if margs.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stage.train()
+    return stage.to(device)
+
+
+def _load_own(
+    model_class: type[PreTrainedModel], margs: ModelArguments, plan: PipelinePlan, index: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """`from_pretrained` of a class whose models lack the foreign parameters, so that it reads only the others."""
+
+    class Pruned(model_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            prune(self, plan.needs[index])
+            own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+            tied = self.all_tied_weights_keys.items()
+            self.all_tied_weights_keys = {target: source for target, source in tied if {target, source} <= own}
+
+    options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
+    model = Pruned.from_pretrained(margs.model_name_or_path, dtype=dtype, **options)
+    model.__class__ = model_class
+    return model
+
+
