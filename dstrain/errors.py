@@ -5,6 +5,8 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
+    """What every rank returns; a second signal gives 128 + its number."""
+
     FINISHED = 0
     CRASH = 1
     USER_ERROR = 2

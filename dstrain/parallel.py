@@ -1,4 +1,4 @@
-"""The rank grid: sizes of every kind of parallelism and where one rank stands in it. Arithmetic, and the launcher's variables.
+"""The rank grid: sizes of every kind of parallelism, where one rank stands in it, and what the launcher says of it.
 
 Ranks are laid out as DeepSpeed lays them out: pipeline stage outermost, then data parallel, then sequence or tensor
 parallel innermost (`PipeDataParallelTopology`, `initialize_sequence_parallel`, AutoTP's groups in deepspeed 0.19).
