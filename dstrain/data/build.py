@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HELD_OUT = 0.01  # share of the training documents that is kept for validation when the user names none
-_FEW_DOCUMENTS = 100  # with fewer, samples are held out instead of documents
+_FEW_DOCUMENTS = 100  # with fewer documents of plain text, blocks are held out instead
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _open(
         train = _build_samples(store, documents, block_size, dargs.packing)
         validation = _build_samples(held_out_store, np.arange(len(held_out_store.lengths)), block_size, dargs.packing)
         split = answer["validation_source"]
-    elif len(documents) >= _FEW_DOCUMENTS:
+    elif len(documents) >= (2 if store.completions is not None else _FEW_DOCUMENTS):
         held_out = held_out_documents(store.hashes, split_seed)
         train = _build_samples(store, documents[~held_out], block_size, dargs.packing)
         validation = _build_samples(store, documents[held_out], block_size, dargs.packing)
@@ -198,6 +198,8 @@ def held_out_documents(hashes: np.ndarray, seed: int) -> np.ndarray:
     held_out = scores < np.uint64(_HELD_OUT * 2.0**64)
     if not held_out.any():
         held_out = scores == scores.min()
+    if held_out.all():  # nothing but copies of one document
+        held_out[1:] = False
     return held_out
 
 

@@ -75,6 +75,9 @@ def find_or_write_store(cache_dir: Path, source: Source, encoder: TextEncoder) -
         logger.warning("%s is damaged: it is made again", folder)
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob("*.tmp-*"):
+        if time.time() - leftover.stat().st_mtime > 86_400:  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         write_store(scratch, source, encoder)
@@ -151,7 +154,7 @@ def write_store(folder: Path, source: Source, encoder: TextEncoder) -> None:
                 logger.info("tokenizing %s: %d documents, %d tokens", source.description, len(hashes), writer.position)
         file.flush()
         os.fsync(file.fileno())
-    if not hashes:
+    if writer.position == 0:
         raise UserError(f"{source.description} holds no text: name files or a column with text in them")
     _save(folder / "offsets.npy", np.asarray(writer.offsets, np.int64))
     _save(folder / "hashes.npy", np.asarray(hashes, np.uint64))

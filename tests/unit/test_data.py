@@ -74,6 +74,7 @@ def test_held_out_share_and_copies():
     held_out = held_out_documents(hashes, seed=5)
     assert 0.009 < held_out.mean() < 0.011
     assert held_out_documents(hashes[:7], seed=5).sum() == 1
+    assert held_out_documents(np.full(200, 7, np.uint64), seed=5).sum() == 1  # copies of one document
     doubled = held_out_documents(np.repeat(hashes, 2), seed=5)
     assert (doubled[::2] == doubled[1::2]).all()
     kept = held_out_documents(hashes[: len(hashes) // 2], seed=5)  # a document stays where it is as others come
@@ -232,3 +233,10 @@ def test_real_data(shared_data, tmp_path, name, documents, bytes_per_token):
     assert data.facts["num_bytes"] / tokens == pytest.approx(bytes_per_token, rel=0.1)
     assert 0.005 < data.validation.num_tokens / tokens < 0.03
     assert data.num_tokens / (1024 * len(data.train)) > 0.97
+
+
+def test_few_rows_hold_out_a_row(tmp_path):
+    rows = [{"prompt": "x" * n, "completion": "yes"} for n in (1, 2, 3, 60)]
+    data = build(tmp_path, train_file=[write_jsonl(tmp_path / "a.jsonl", rows)])
+    assert len(data.validation) + len(data.train) + data.facts["num_rows_without_loss"] in (3, 4)
+    assert data.facts["validation"] == "1 of the 4 training documents"

@@ -1,5 +1,7 @@
 """Tokenizers, and text -> ids in pieces and threads: always the ids that the tokenizer itself gives."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -168,6 +170,16 @@ def test_the_cache_is_by_content_and_mends_itself(byte_tokenizer, tmp_path, capl
     assert "damaged" in caplog.text
     assert TokenStore.open(folder).tokens.tolist() == [*b"some text", 256]
     assert [path.name for path in (tmp_path / "tokens").glob("*.tmp-*")] == []
+
+
+def test_leftovers_of_killed_runs_are_removed(byte_tokenizer, tmp_path):
+    old, fresh = tmp_path / "tokens/a.tmp-1", tmp_path / "tokens/b.tmp-2"
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    find_or_write_store(tmp_path, ListSource([("text",)]), TextEncoder(byte_tokenizer))
+    assert not old.exists()
+    assert fresh.exists()
 
 
 def test_nothing_is_left_of_a_store_that_failed(byte_tokenizer, tmp_path):
