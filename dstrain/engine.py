@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import nn
 
 from dstrain.config import ResolvedConfig, read_effective
 from dstrain.errors import UserError
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
+from dstrain.models.tensor import gradient_norm
 
 Batch = dict[str, torch.Tensor]
 
@@ -37,6 +39,16 @@ class Engine(Protocol):
 
     deepspeed: Any
 
+    @property
+    def model(self) -> nn.Module:
+        """The whole Hugging Face model: for its sizes. Under a pipeline it is on the meta device."""
+        ...
+
+    @property
+    def plain_loss_reason(self) -> str | None:
+        """Why the loss is not fused into the head, the same on every rank; None where it is."""
+        ...
+
     def train_batch(self, batches: Sequence[Batch]) -> StepResult: ...
 
     def eval_batch(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +64,14 @@ class ZeroEngine:
         self.head = head
         self.resolved = resolved
         self.device = engine.device
+
+    @property
+    def model(self) -> nn.Module:
+        return self.deepspeed.module
+
+    @property
+    def plain_loss_reason(self) -> str | None:
+        return self.head.reason
 
     def train_batch(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over `gradient_accumulation_steps` micro-batches of this rank.
@@ -115,8 +135,8 @@ class ZeroEngine:
 
     def _plain_grad_norm(self) -> torch.Tensor:
         """ZeRO-0 keeps whole, already averaged gradients on every rank, and its optimizers keep no norm."""
-        grads = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([g.float() for g in grads])
+        group = groups.get_tensor_model_parallel_group() if self.resolved.parallel.tp_size > 1 else None
+        norm = gradient_norm(self.deepspeed.module.parameters(), group)
         return norm / (self.deepspeed.loss_scale() or 1.0) if self.resolved.precision == "fp16" else norm
 
 
@@ -127,7 +147,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def count_tokens(batch: Batch) -> torch.Tensor:
     """[label tokens, input tokens without padding] of a micro-batch, float64 [2]."""
     labels = (batch["labels"][:, 1:] != -100).sum()
-    processed = batch["attention_mask"].sum() if "attention_mask" in batch else labels.new_tensor(batch["input_ids"].numel())
+    processed = (
+        batch["attention_mask"].sum() if "attention_mask" in batch else labels.new_tensor(batch["input_ids"].numel())
+    )
     return torch.stack([labels, processed]).double()
 
 
@@ -143,11 +165,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | None = None) -> ZeroEngine:
-    """Put `model` under DeepSpeed as `resolved` asks, and compare what DeepSpeed made of it with what was asked.
+def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | None = None) -> Engine:
+    """Put `model` (a `PipeStage` under a pipeline) under DeepSpeed as `resolved` asks, and compare what DeepSpeed made
+    of it with what was asked.
 
     Raises UserError when a setting was ignored.
     """
+    stage = model
+    if resolved.parallel.pp_size > 1:
+        from dstrain.models.pipeline_module import build_pipeline_module
+
+        model = build_pipeline_module(stage, resolved.parallel, dist.get_rank())
     weight_decay = resolved.deepspeed["optimizer"].get("params", {}).get("weight_decay", 0.0)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -158,14 +186,20 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
     problems = resolved.compare_effective(read_effective(engine))
     if problems:
         raise UserError(problems)
-    head = install_fused_loss(model)
-    check_loss_head(engine, head, model.config.get_text_config().vocab_size)
+    if resolved.parallel.pp_size > 1:
+        from dstrain.pipe_engine import PipeEngine
+
+        result: Engine = PipeEngine(engine, stage, resolved)
+    else:
+        head = install_fused_loss(model)
+        check_loss_head(engine, head, model.config.get_text_config().vocab_size)
+        result = ZeroEngine(engine, head, resolved)
     if compile == "layer":
         for layer in decoder_layers(model):
             layer.compile()
     elif compile == "whole":
         engine.compile()
-    return ZeroEngine(engine, head, resolved)
+    return result
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

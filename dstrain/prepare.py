@@ -138,13 +138,16 @@ class Run:
         from dstrain.monitor.logs import screen
         from dstrain.monitor.progress import render_loss_curve
 
-        prompt, text = sample_text(self.engine, self.tokenizer, self.data.validation, seed=self.args.run.seed)
+        sampled = self.resolved.parallel.pp_size == 1  # a stage alone cannot generate
+        if sampled:
+            prompt, text = sample_text(self.engine, self.tokenizer, self.data.validation, seed=self.args.run.seed)
         if self.launch.is_main:
-            self.folder.update(sample={"prompt": prompt, "text": text})
             points = [(line["step"], line["loss"]) for line in self.monitor.train_lines]
             if len(points) > 1:
                 print(render_loss_curve(points), file=screen())
-            print(f"A sample, continuing {prompt!r}:\n{text}", file=screen())
+            if sampled:
+                self.folder.update(sample={"prompt": prompt, "text": text})
+                print(f"A sample, continuing {prompt!r}:\n{text}", file=screen())
 
     def end(self, exit_code: ExitCode, reason: str) -> None:
         """Write the summary and the report."""
@@ -187,7 +190,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, quie
     from dstrain.data.tokenization import build_tokenizer
     from dstrain.engine import build_engine
     from dstrain.launch.ops import build_ops, required_builders
-    from dstrain.models.build import build_model, load_model_config
+    from dstrain.models.build import load_model_config
     from dstrain.monitor.logs import screen
     from dstrain.monitor.profiler import build_profiler
     from dstrain.resilience.signals import AgreedStop
@@ -212,14 +215,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, quie
     if not args.run.overwrite_output_dir:
         folder.check_identity(identity)
         checkpoint = choose_checkpoint(folder.checkpoints, args.run.resume_from_checkpoint)
-    model = build_model(
-        args.model,
-        config,
-        seed=args.run.seed,
-        dtype=_parameter_dtype(resolved),
-        zero3_config=resolved.deepspeed if resolved.zero_stage == 3 else None,
-        device=distributed.device(),
-    )
+    model = _build_model(args, config, resolved, launch.rank)
     startup.done("model")
     distributed.seed_everything(args.run.seed + launch.rank)  # dropout only: ranks must not drop the same units
     engine = build_engine(model, resolved, compile=args.model.compile)
@@ -247,6 +243,20 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, quie
     return run
 
 
+def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: int) -> Any:
+    """The model, or this rank's stage of it."""
+    from dstrain import distributed
+    from dstrain.models.build import build_model
+    from dstrain.models.pipeline_build import build_stage
+
+    common = {"seed": args.run.seed, "dtype": _parameter_dtype(resolved), "device": distributed.device()}
+    dims = resolved.parallel
+    if dims.pp_size > 1:
+        return build_stage(args.model, config, index=dims.pp_rank(rank), num_stages=dims.pp_size, **common)
+    zero3_config = resolved.deepspeed if resolved.zero_stage == 3 else None
+    return build_model(args.model, config, zero3_config=zero3_config, **common)
+
+
 def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_size: int, quiet: Any) -> None:
     """Restore what there is to restore, then write for the first time: from here on the folder is this run's."""
     from dstrain import distributed
@@ -259,7 +269,7 @@ def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_si
     from dstrain.monitor.progress import build_progress
     from dstrain.monitor.trackers import build_trackers
 
-    is_main, parallel, model = run.launch.is_main, run.resolved.parallel, run.engine.deepspeed.module
+    is_main, parallel, model = run.launch.is_main, run.resolved.parallel, run.engine.model
     run.state, monitor_state = run.checkpoints.load(checkpoint) if checkpoint else (TrainState(), None)
     run.startup.done("checkpoint")
     peak = find_peak(distributed.device(), _compute_dtype(run.resolved))
@@ -298,8 +308,8 @@ def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_si
         truncate_to_step(run.folder.path, run.state.step - kept_steps)
     if checkpoint is not None:
         run.monitor.event(run.state.step, "resume", f"from {checkpoint}")
-    if run.engine.head.reason is not None:
-        run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {run.engine.head.reason}")
+    if reason := run.engine.plain_loss_reason:
+        run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {reason}")
     run.loader = build_loader(
         run.data.train,
         seed=run.args.run.seed,

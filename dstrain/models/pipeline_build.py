@@ -30,7 +30,7 @@ def build_stage(
     plan = plan_pipeline(model, num_stages)
     if margs.model_name_or_path:
         model = _load_own(type(model), margs, plan, index, dtype)
-    stage = PipeStage(model, plan, index)
+    stage = PipeStage(model, plan, index, whole=_build_on_meta(margs, config))
     if not margs.model_name_or_path:
         initialise(model, seed, dtype, lambda unit: None)
     model.config.dtype = dtype

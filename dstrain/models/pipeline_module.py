@@ -70,11 +70,12 @@ class PipeStage(Stage):
     """A stage that takes its micro-batches from `begin` and, being the last, returns the scaled loss of each.
 
     forward(inputs): what the stage before sent (ignored by the first) -> what the next one gets, or the loss.
-    loss_sum: sum of the token losses since `begin`, float64 0-d (last stage only).
+    loss_sum: sum of the token losses since `begin`, float64 0-d (last stage only). whole: the model on meta.
     """
 
-    def __init__(self, model: nn.Module, plan: PipelinePlan, index: int):
+    def __init__(self, model: nn.Module, plan: PipelinePlan, index: int, whole: nn.Module | None = None):
         super().__init__(model, plan, index)
+        self.__dict__["whole"] = whole  # not a submodule: its parameters are no parameters of the stage
         self.head: LossHead | None = install_fused_loss(model) if self.is_last else None
         self.begin([], 1.0)
 

@@ -232,11 +232,11 @@ class _Probe:
         tree = [list(args), kwargs]
         self.next += 1
         self.marks.segment = self.segment(i)
-        self.marks.crossing.clear()
         for path, leaf in carried:
             fresh = leaf.detach().clone()
             self.marks.set(fresh, self.segment(i))
             tree = put(tree, path, fresh)
+        self.marks.crossing.clear()
         return tuple(tree[0]), tree[1]
 
     def left(self, i: int, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:

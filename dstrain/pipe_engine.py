@@ -1,0 +1,100 @@
+"""The pipeline behind the engine's seam: DeepSpeed's 1F1B schedule over stages of a Hugging Face model.
+
+Every rank of a pipeline gets the same micro-batches from its loader, so only hidden states travel.
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dstrain.config import ResolvedConfig
+from dstrain.engine import Batch, StepResult, count_tokens, to_device
+from dstrain.models.pipeline_module import PipeStage
+
+
+class PipeEngine:
+    """Pipeline stages, with data parallelism over whole pipelines and ZeRO-0 or 1."""
+
+    def __init__(self, engine: Any, stage: PipeStage, resolved: ResolvedConfig):
+        self.deepspeed = engine
+        self.stage = stage
+        self.resolved = resolved
+        self.device = engine.device
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, stage.check_head())
+        self.plain_loss_reason: str | None = found[-1]  # the last rank has a last stage
+        self._shapes: tuple | None = None
+        self._plain_norm: torch.Tensor | None = None
+        if resolved.zero_stage == 0 and resolved.precision == "fp32":
+            # This optimizer keeps no norm, and its gradients are gone after the step.
+            engine.basic_optimizer.register_step_pre_hook(self._keep_norm)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.stage.whole
+
+    def train_batch(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over the micro-batches of this rank's pipeline; see `ZeroEngine.train_batch`."""
+        assert len(batches) == self.resolved.gradient_accumulation_steps
+        engine, dims = self.deepspeed, self.resolved.parallel
+        batches = [to_device(batch, self.device) for batch in batches]
+        tokens, processed = self._sum(torch.stack([count_tokens(batch) for batch in batches]).sum(0)) / dims.pp_size
+        learning_rate = engine.get_lr()[0]
+        self._fit_shapes(batches, training=True)
+        # As in ZeroEngine: DeepSpeed averages over micro-batches and over the ranks that share gradients.
+        self.stage.begin(batches, (len(batches) * dims.dp_size / tokens.clamp(min=1)).float())
+        engine.train_batch(_nothing(self.device))
+        (loss_sum,) = self._sum(self._own_loss())
+        return StepResult(
+            loss=loss_sum / tokens.clamp(min=1),
+            grad_norm=engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            tokens_processed=processed,
+            skipped=not engine.was_step_applied(),
+        )
+
+    def eval_batch(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of token losses and number of label tokens over the global batch, both 0-d float64. A collective."""
+        batches = [to_device(batch, self.device) for batch in batches]
+        tokens = torch.stack([count_tokens(batch) for batch in batches]).sum(0)[:1] / self.resolved.parallel.pp_size
+        self._fit_shapes(batches, training=False)
+        self.stage.begin(batches, 1.0)
+        self.deepspeed.eval_batch(_nothing(self.device), bcast_loss=False, num_micro_batches=len(batches))
+        loss_sum, tokens = self._sum(torch.cat([self._own_loss(), tokens]))
+        return loss_sum, tokens
+
+    def _own_loss(self) -> torch.Tensor:
+        """This rank's sum of token losses, float64 [1]: only the last stage has one."""
+        return self.stage.loss_sum.to(self.device).reshape(1)
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a 1-d float64 tensor over all ranks."""
+        dist.all_reduce(values)
+        return values
+
+    def _fit_shapes(self, batches: Sequence[Batch], *, training: bool) -> None:
+        """DeepSpeed tells the next stage the shapes once and then keeps its buffers: tell them anew when they change."""
+        shapes = {tuple(batch["input_ids"].shape) for batch in batches}
+        self.deepspeed.dynamic_shape = len(shapes) > 1
+        if (training, shapes) != self._shapes:
+            self.deepspeed.reset_activation_shape()
+        self._shapes = (training, shapes)
+
+    @torch.no_grad()
+    def _keep_norm(self, *_: Any) -> None:
+        """L2 norm of the averaged gradients over all stages, a tied parameter counted once."""
+        parameters = [p for p in self.stage.parameters() if p.grad is not None and not p.ds_pipe_replicated]
+        norm = torch.nn.utils.get_total_norm([p.grad.float() for p in parameters])
+        squared = norm.double().square().reshape(1)
+        (total,) = self._sum(squared) / self.resolved.parallel.dp_size
+        self._plain_norm = total.sqrt()
+
+
+def _nothing(device: torch.device) -> Any:
+    """DeepSpeed's first and last stages ask for data; ours have it."""
+    return repeat((torch.zeros(1, device=device), torch.zeros(1, device=device)))
