@@ -1,4 +1,4 @@
-"""Every flag of `dstrain/train.py`, as frozen dataclasses. Flags, `--help`, and YAML or JSON files come from the fields.
+"""Every flag of `dstrain/train.py`, as frozen dataclasses. Flags, `--help`, YAML and JSON files come from the fields.
 
 What DeepSpeed's JSON has a key for has no flag here (see ds_configs/). Names and defaults are those of Hugging Face's
 `run_clm.py` and `TrainingArguments` where they exist there. Imports neither torch nor transformers, so that a wrong
@@ -9,7 +9,10 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -54,15 +57,15 @@ class DataArguments:
     text_column: str | None = flag("column that holds the text (default: `text`, or the only column of text)")
     max_train_samples: int | None = flag("read only this many training documents", minimum=1)
     streaming: bool = flag("read the training data while training instead of before", False)
-    block_size: int | None = flag(
-        "tokens read per sample (default: the model's positions, at most 1024)", minimum=2
-    )
+    block_size: int | None = flag("tokens read per sample (default: the model's positions, at most 1024)", minimum=2)
     packing: bool = flag("fill blocks with several whole documents that do not see each other", False)
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    deepspeed_config: str | None = flag("the DeepSpeed JSON: optimizer, batch, precision, ZeRO, offload, parallelism", alias="--deepspeed")
+    deepspeed_config: str | None = flag(
+        "the DeepSpeed JSON: optimizer, batch, precision, ZeRO, offload, parallelism", alias="--deepspeed"
+    )
     set: list[str] = flag("change one value of the DeepSpeed JSON: a.b=c; repeatable", [])
     max_steps: int = flag("optimizer steps (-1: num_train_epochs decides)", -1, minimum=-1)
     num_train_epochs: float = flag("passes over the training data", 3.0, minimum=0.0)
@@ -77,10 +80,14 @@ class RunArguments:
     save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
     resume_from_checkpoint: str = flag("auto: go on from the newest checkpoint; none; or a path", "auto", bare="auto")
     verify: bool = flag("compare this configuration with plain torch on a shrunk model before training", False)
-    hang_timeout: float | None = flag("end the run after this many seconds without progress (exit code 76)", minimum=1.0)
+    hang_timeout: float | None = flag(
+        "end the run after this many seconds without progress (exit code 76)", minimum=1.0
+    )
     profile: bool = flag("write a torch trace of a few steps into the run folder", False)
     report_to: list[str] = flag(
-        "report.html (default) or none; trackers are blocks of the DeepSpeed JSON", ["report"], choices=("report", "none")
+        "report.html (default) or none; trackers are blocks of the DeepSpeed JSON",
+        ["report"],
+        choices=("report", "none"),
     )
     local_rank: int = flag("set by launchers", -1)
 
@@ -96,6 +103,24 @@ class Arguments:
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
 
+# Flags of Hugging Face's scripts that have no counterpart here, because DeepSpeed's JSON has a key for them.
+IN_DEEPSPEED_JSON = {
+    "adam_beta1": "optimizer.params.betas",
+    "adam_beta2": "optimizer.params.betas",
+    "adam_epsilon": "optimizer.params.eps",
+    "bf16": "bf16.enabled",
+    "fp16": "fp16.enabled",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "optimizer.params.lr",
+    "lr_scheduler_type": "scheduler.type",
+    "max_grad_norm": "gradient_clipping",
+    "optim": "optimizer.type",
+    "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
+    "train_batch_size": "train_batch_size",
+    "warmup_steps": "scheduler.params.warmup_num_steps",
+    "weight_decay": "optimizer.params.weight_decay",
+    "zero_stage": "zero_optimization.stage",
+}
 GROUPS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "run": RunArguments}
 
 
@@ -116,34 +141,44 @@ def _scalar_type(annotation: Any) -> type:
     return annotation
 
 
-def _convert(name: str, value: Any, annotation: Any, metadata: dict) -> Any:
-    """One value from the command line or a file, as its field's type. Raises UserError."""
+def _convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
+    """One value from the command line or a file, as its field's type. `name` goes into the message of a UserError."""
     kind = _scalar_type(annotation)
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-    wrong = UserError(f"--{name} is {value!r}: write {expected}")
+    wrong = UserError(f"{name} is {value!r}: write {expected}")
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(value).lower() not in words:
             raise wrong
         return words[str(value).lower()]
-    if isinstance(value, bool | list | dict):
+    if value is None or isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float)):
         raise wrong
+    if value == "":
+        raise UserError(f"{name} is empty: write {expected}, or leave it out")
     try:
         value = kind(value)
     except ValueError:
         raise wrong from None
-    if kind is float and not (value == value and abs(value) != float("inf")):
+    if kind is float and not math.isfinite(value):
         raise wrong
     if "choices" in metadata and value not in metadata["choices"]:
-        raise UserError(f"--{name} is {value!r}: write one of {', '.join(metadata['choices'])}")
+        raise UserError(f"{name} is {value!r}: write one of {', '.join(metadata['choices'])}")
     if "minimum" in metadata and value < metadata["minimum"]:
-        raise UserError(f"--{name} is {value}: the smallest value is {metadata['minimum']}")
+        raise UserError(f"{name} is {value}: the smallest value is {metadata['minimum']}")
     return value
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(message)
+        if match := re.fullmatch(r"argument (--\w+).*: expected one argument", message):
+            message = f"{match[1]} has no value: write one after it"
+        raise UserError(" ".join(message.split()))
+
+
+def _help(f: dataclasses.Field) -> str:
+    text = f.metadata["help"].replace("%", "%%")
+    unset = f.default in (None, dataclasses.MISSING) or "default" in text or f.name == "local_rank"
+    return text if unset else f"{text} (default: {f.default})"
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -156,7 +191,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     sections = {group: parser.add_argument_group(group) for group in GROUPS}
     for name, (group, f, annotation) in _fields().items():
-        options: dict[str, Any] = {"dest": name, "default": None, "help": f.metadata["help"], "action": "append"}
+        options: dict[str, Any] = {"dest": name, "default": None, "action": "append", "help": _help(f)}
         if annotation is bool:
             options.update(nargs="?", const="true")
         elif "bare" in f.metadata:
@@ -169,31 +204,88 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _read_file(path: str) -> dict[str, Any]:
+    """The table of flags in a YAML or JSON file. Raises UserError, also for a name that is given twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): name a YAML or JSON file") from None
-    try:
-        if path.endswith(".json"):
-            values = json.loads(text)
-        else:
-            import yaml
-
-            values = yaml.safe_load(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read ({error}): name a YAML or JSON file with flags") from None
+    values = _parse_json(path, text) if path.endswith(".json") else _parse_yaml(path, text)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no table of flags: write lines such as `max_steps: 100`")
     return values
 
 
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _unique(path: str, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [str(name) for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError([f"{path}: {name} is given twice: keep one, or write a list" for name in twice])
+    return dict(pairs)
+
+
+def _parse_json(path: str, text: str) -> Any:
+    def refuse(name: str):
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs), parse_constant=refuse)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _parse_yaml(path: str, text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            pairs = [
+                (self.construct_object(key, deep=True), self.construct_object(value, deep)) for key, value in node.value
+            ]
+            _unique(path, pairs)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _unknown(token: str, known: Iterable[str]) -> str:
+    """What is wrong with a word of the command line that is no flag of ours, and what to write instead."""
+    flag_name, _, value = token.partition("=")
+    if not token.startswith("-"):
+        return f"unexpected word {token!r}: a flag takes one value; repeat the flag to give several"
+    if key := IN_DEEPSPEED_JSON.get(flag_name.lstrip("-").replace("-", "_")):
+        change = f"--set {key}={value or '...'}"
+        return f"unknown flag {flag_name}: it is {key} of the DeepSpeed JSON: write it there, or {change}"
+    return f"unknown flag {flag_name}{_did_you_mean(flag_name, ['--' + name for name in known])}"
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {close[0]}?" if close else ": see --help"
+
+
+def _take_config_file(argv: list[str]) -> str | None:
+    """Remove and return the file that may come first, behind the `--local_rank` of an old launcher."""
+    for index, token in enumerate(argv):
+        if not token.startswith(("--local_rank=", "--local-rank=")):
+            return None if token.startswith("-") else argv.pop(index)
+    return None
+
+
+def _value_of(
+    field_name: str, given: list[str] | None, in_file: Any, source: str | None, annotation: Any, metadata: Any
+):
+    """A flag's converted value: the command line wins over the file. Raises UserError."""
+    name = f"--{field_name}" if given is not None else f"{source}: {field_name}"
+    if get_origin(annotation) is list:
+        values = given if given is not None else in_file if isinstance(in_file, list) else [in_file]
+        return [_convert(name, value, annotation, metadata) for value in values]
+    if given is not None and len(set(given)) > 1 and field_name != "local_rank":
+        raise UserError(f"{name} is given twice with different values ({', '.join(given)}): keep one")
+    return _convert(name, given[-1] if given is not None else in_file, annotation, metadata)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
@@ -203,51 +295,56 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """
     fields, problems = _fields(), []
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = next((i for i, token in enumerate(argv) if not token.startswith(("--local_rank=", "--local-rank="))), None)
-    config_file = argv.pop(first) if first is not None and not argv[first].startswith("-") else None
+    config_file = _take_config_file(argv)
     namespace, unknown = _build_parser().parse_known_args(argv)
-    for token in unknown:
-        name = token.split("=")[0]
-        if name.startswith("-"):
-            problems.append(f"unknown flag {name}{_did_you_mean(name, ['--' + n for n in fields])}")
-        else:
-            problems.append(f"unexpected word {token!r}: every flag takes one value; repeat the flag for several")
-    from_file = _read_file(config_file) if config_file else {}
-    for name in from_file.keys() - fields.keys():
-        problems.append(f"{config_file}: unknown name {name}{_did_you_mean(str(name), list(fields))}")
+    for before, token in zip(["", *unknown], unknown, strict=False):
+        if token.startswith("-") or not before.startswith("-") or "=" in before:  # else: an unknown flag's own value
+            problems.append(_unknown(token, fields))
+    from_file: dict[str, Any] = {}
+    try:
+        from_file = _read_file(config_file) if config_file is not None else {}
+    except UserError as error:
+        problems += error.problems
+    for name in sorted(map(str, from_file.keys() - fields.keys())):
+        problems.append(f"{config_file}: unknown name {name}{_did_you_mean(name, fields)}")
 
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, (group, f, annotation) in fields.items():
-        given = getattr(namespace, name)
+        given, in_file = getattr(namespace, name), from_file.get(name)
+        if given is None and in_file is None:
+            continue
         try:
-            if get_origin(annotation) is list:
-                values = given if given is not None else from_file.get(name)
-                if values is not None:
-                    values = values if isinstance(values, list) else [values]
-                    groups[group][name] = [_convert(name, v, annotation, f.metadata) for v in values]
-            elif given is not None or from_file.get(name) is not None:
-                if given is not None and len(set(given)) > 1 and name != "local_rank":
-                    raise UserError(f"--{name} is given twice with different values ({', '.join(given)}): keep one")
-                value = given[-1] if given is not None else from_file[name]
-                groups[group][name] = _convert(name, value, annotation, f.metadata)
+            groups[group][name] = _value_of(name, given, in_file, config_file, annotation, f.metadata)
         except UserError as error:
             problems += error.problems
     problems += _contradictions({**groups["model"], **groups["data"], **groups["run"]})
     if problems:
         raise UserError(problems)
-    return Arguments(**{group: cls(**groups[group]) for group, cls in GROUPS.items()})
+    return Arguments(ModelArguments(**groups["model"]), DataArguments(**groups["data"]), RunArguments(**groups["run"]))
 
 
 def _contradictions(given: dict[str, Any]) -> list[str]:
     problems = []
     if given.get("model_name_or_path") and given.get("config_name"):
-        problems.append("--model_name_or_path and --config_name are both given: keep the first to continue a pretrained model, the second to train from scratch")
+        problems.append(
+            "--model_name_or_path and --config_name are both given: keep the first to go on with a "
+            "pretrained model, the second to train from scratch"
+        )
     if given.get("model_name_or_path") and given.get("config_overrides"):
-        problems.append("--config_overrides changes a model trained from scratch: use it with --config_name, not with --model_name_or_path")
+        problems.append(
+            "--config_overrides changes a model trained from scratch: use it with --config_name, not with "
+            "--model_name_or_path"
+        )
     if given.get("dataset_name") and given.get("train_file"):
         problems.append("--dataset_name and --train_file are both given: keep one source of training data")
     if given.get("dataset_config_name") and not given.get("dataset_name"):
         problems.append("--dataset_config_name needs --dataset_name")
+    if given.get("max_steps", -1) > 0 and "num_train_epochs" in given:
+        problems.append("--max_steps and --num_train_epochs are both given, and the first would win: keep one")
+    if "none" in given.get("report_to", []) and len(set(given["report_to"])) > 1:
+        problems.append("--report_to none and another --report_to are both given: keep one")
+    if given.get("max_time") == 0:
+        problems.append("--max_time is 0: write a positive number of seconds, or leave it out")
     if given.get("max_steps") == 0:
         problems.append("--max_steps is 0: write a positive number, or leave it out to train for --num_train_epochs")
     if given.get("num_train_epochs") == 0:
