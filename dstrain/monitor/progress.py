@@ -143,6 +143,9 @@ class RichProgress(NullProgress):
         )
 
     def show_note(self, text: str, markup: bool = False) -> None:
+        if self._progress.finished:
+            # What is said after the last step (also by others, through `logs.screen`) stands below the full bar.
+            self._progress.stop()
         self._console.print(text, markup=markup)
 
     def close(self) -> None:
@@ -164,14 +167,18 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 def render_loss_curve(points: list[tuple[int, float | None]], width: int = 72, height: int = 12) -> str:
     """A curve of (step, loss) as text with axes, `width` columns wide and `height` + 2 lines high.
 
-    Points without a finite value are left out; with none left it is one line that says so.
+    Each column shows the mean of its points, so that noise does not fill the picture. Points without a finite value
+    are left out; with none left it is one line that says so.
     """
     finite = [(x, float(y)) for x, y in points if y is not None and math.isfinite(y)]
     if not finite:
         return "no finite loss to draw"
-    low, high = min(y for _, y in finite), max(y for _, y in finite)
-    high = high if high > low else low + 1e-3
     first, last = finite[0][0], max(finite[-1][0], finite[0][0] + 1)
+    size = math.ceil(len(finite) / max(1, width - 10))
+    groups = [finite[i : i + size] for i in range(0, len(finite), size)]
+    curve = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    low, high = min(y for _, y in curve), max(y for _, y in curve)
+    high = high if high > low else low + 1e-3
     labels = [f"{high - (high - low) * row / (height - 1):.3f}" for row in range(height)]
     margin = max(len(label) for label in labels)
     columns = width - margin - 2
@@ -183,7 +190,7 @@ def render_loss_curve(points: list[tuple[int, float | None]], width: int = 72, h
 
     placed = [
         ((x - first) / (last - first) * (columns * 2 - 1), (high - y) / (high - low) * (height * 4 - 1))
-        for x, y in finite
+        for x, y in curve
     ]
     dot(*placed[0])
     for (x0, y0), (x1, y1) in itertools.pairwise(placed):

@@ -5,6 +5,7 @@ python -m dstrain.monitor.report RUN_FOLDER
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,8 @@ def _tables(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, rows) of everything else that run.json holds."""
     identity = facts.get("identity", {})
     rest = {key: value for key, value in facts.items() if key not in _OWN_TABLES}
+    if "command" in rest:
+        rest["command"] = shlex.join(rest["command"])
     rest.update({key: value for key, value in identity.items() if key not in ("model", "data")})
     startup = {phase: format_seconds(s) for phase, s in facts.get("startup_s", {}).items()}
     tables = {

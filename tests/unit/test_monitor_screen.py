@@ -37,7 +37,7 @@ print("after")
 
 DISPLAY = """
 import sys, types
-from dstrain.monitor.logs import QuietOutput
+from dstrain.monitor.logs import QuietOutput, screen
 from dstrain.monitor.metrics import FIELDS
 from dstrain.monitor.progress import build_progress
 with QuietOutput(0) as quiet:
@@ -52,6 +52,7 @@ with QuietOutput(0) as quiet:
         print("noise between")
     progress.show_eval({"step": 40, "loss": 1.5, "perplexity": 4.4817, "tokens": 1})
     progress.show_note("step 40: saved [brackets]")
+    print("results", file=screen())
     progress.close()
 """
 
@@ -108,7 +109,7 @@ def test_a_crash_shows_its_traceback_on_every_rank(tmp_path, rank, end):
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     done = run_code(DISPLAY, tmp_path)
     lines = done.stdout.splitlines()
-    assert len(lines) == 42
+    assert len(lines) == 43
     assert lines[0].startswith("step  1/40  loss 2.0000  lr 1.00e+00  grad norm 1  12.3k tokens/s  mfu 45.2%")
     assert lines[40] == "step 40/40  held-out loss 1.5000  perplexity 4.48"
     assert lines[41] == "step 40: saved [brackets]"
@@ -141,6 +142,8 @@ def test_a_bar_in_a_terminal(tmp_path, columns):
     assert "0.0500" in text, "the last loss"
     assert "step 40: saved [brackets]" in text
     assert "\x1b[?25h" in text, "the cursor is back"
+    assert "40/40" not in text[text.index("held-out") :], "results stand below the full bar, which is drawn once"
+    assert text.rstrip().endswith("results")
 
 
 def test_logs_are_named_by_rank(tmp_path):
@@ -172,6 +175,11 @@ def test_the_curve_falls_from_the_top_left_to_the_bottom_right():
     assert lines[0].index("┤") + 1 == next(i for i, c in enumerate(lines[0]) if c > "\u2800")
     assert len(lines[7]) == 60, "the last point is at the right edge"
     assert lines[-1].split() == ["1", "step", "9"]
+
+
+def test_noise_does_not_fill_the_curve():
+    text = render_loss_curve([(step, 3.0 + (-1) ** step) for step in range(1, 5001)])
+    assert all(abs(float(line.split()[0]) - 3.0) < 0.1 for line in text.splitlines() if "┤" in line)
 
 
 @pytest.mark.parametrize("points", [[], [(1, None)], [(1, float("nan"))]])
