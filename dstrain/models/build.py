@@ -1,48 +1,41 @@
 """A Hugging Face causal language model, from scratch or pretrained, partitioned while it is built under ZeRO-3."""
 
-import difflib
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dstrain.arguments import ModelArguments
 from dstrain.errors import UserError
-from dstrain.models.initial_weights import Unit, initialise
+from dstrain.models.config import CONFIG_ERRORS, check_block_size, check_vocabulary, load_model_config, one_line
+from dstrain.models.initial_weights import initialise
+from dstrain.models.pretrained import find_checkpoint, load
+from dstrain.models.units import Unit
+
+__all__ = ["build_model", "check_block_size", "check_vocabulary", "load_model_config"]
 
 
-def load_model_config(margs: ModelArguments) -> PreTrainedConfig:
-    """The configuration that `--model_name_or_path`, or `--config_name` with `--config_overrides`, names.
-
-    A name is a hub name, a folder with config.json, or (from scratch) a JSON file with `model_type`. Raises UserError.
-    """
-    name = margs.model_name_or_path or margs.config_name
-    if name is None:
-        raise UserError(
-            "no model is named: give --config_name to train from scratch or --model_name_or_path to continue"
-        )
-    if name.endswith(".json"):
-        values = json.loads(Path(name).read_text())
-        config = CONFIG_MAPPING[values.pop("model_type")](**values)
-    else:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=margs.trust_remote_code)
-    if margs.config_overrides:
-        config.update_from_string(margs.config_overrides)
-    return config
-
-
-def _build_on_meta(margs: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers (rotary tables, masks) real."""
+def build_skeleton(margs: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, its parameters on the meta device and its buffers (rotary tables, masks) real. Raises UserError."""
     from accelerate import init_empty_weights
 
     options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=margs.trust_remote_code, **options
-        )
-    model.tie_weights()  # init_empty_weights makes a new parameter at each assignment, also where one is tied
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=margs.trust_remote_code, **options
+            )
+    except CONFIG_ERRORS as error:
+        if margs.attn_implementation and ("attn" in str(error) or isinstance(error, ImportError)):
+            raise UserError(
+                f"--attn_implementation {margs.attn_implementation} cannot be used here ({one_line(error)}): "
+                "write sdpa or eager, or leave it out"
+            ) from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"no {config.model_type} can be built from its configuration ({reason}): mend it") from None
+    # init_empty_weights makes a new parameter at each assignment, also where one is tied.
+    model.tie_weights()
     return model
 
 
@@ -55,7 +48,7 @@ class _Partitioner:
     def __call__(self, unit: Unit) -> None:
         import deepspeed
 
-        holder = torch.nn.Module()
+        holder = nn.Module()
         for _, _, parameter in unit.parameters():
             if not hasattr(parameter, "ds_id"):
                 holder.register_parameter(f"p{len(holder._parameters)}", parameter)
@@ -71,20 +64,50 @@ def build_model(
     seed: int,
     dtype: torch.dtype,
     zero3_config: dict[str, Any] | None = None,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Build the model in training mode, with parameters in `dtype` on `device`.
+    """Build the model in training mode, with parameters in `dtype` on `device` (default: CPU).
 
-    zero3_config: the DeepSpeed configuration when its stage is 3; the parameters are then partitioned unit by unit.
-    Raises UserError for what the user can mend.
+    From scratch, the weights are a function of (seed, parameter name): equal at every stage and world size. Pretrained,
+    rank 0 reads each tensor once and sends it. zero3_config: the DeepSpeed configuration when its stage is 3; the
+    parameters are then partitioned unit by unit, so that no rank ever holds the whole model. A collective where there
+    is a process group. Raises UserError for what the user can mend, on every rank.
     """
+    partition = _Partitioner(zero3_config) if zero3_config else None
     if margs.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(margs.model_name_or_path, dtype=dtype)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(
+                f"{margs.model_name_or_path} holds quantized weights: name the unquantized model to train it"
+            )
+        checkpoint = find_checkpoint(margs.model_name_or_path)
+        model = build_skeleton(margs, config, dtype)
+        load(model, checkpoint, dtype, partition)
+        _take_generation_config(model, margs.model_name_or_path)
     else:
-        model = _build_on_meta(margs, config)
-        initialise(model, seed, dtype, _Partitioner(zero3_config) if zero3_config else lambda unit: None)
+        model = build_skeleton(margs, config, torch.float32)
+        initialise(model, seed, dtype, partition)
     model.config.dtype = dtype
     if margs.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    return model if zero3_config else model.to(device)
+    return _to_device(model, device or torch.device("cpu"), partitioned=partition is not None)
+
+
+def _take_generation_config(model: PreTrainedModel, name: str) -> None:
+    """How the model's authors sample from it, where they say so: exports keep it."""
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(name, local_files_only=True)
+    except OSError:
+        return
+
+
+def _to_device(model: PreTrainedModel, device: torch.device, *, partitioned: bool) -> PreTrainedModel:
+    if not partitioned:
+        return model.to(device)
+    for module in model.modules():  # parameters are where DeepSpeed has put their parts
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
