@@ -21,7 +21,7 @@ LEVELS = {
     **dict.fromkeys(["models", "data"], 4),
     "engine": 5,
     **dict.fromkeys(["checkpoint", "monitor", "resilience", "planner", "evaluate", "generate", "launch"], 6),
-    "run_folder": 6,
+    **dict.fromkeys(["run_folder", "plain"], 6),
     "verify": 7,  # runs the engine, the data and the evaluation as training does
     "prepare": 7,
     **dict.fromkeys(["train", "cli"], 8),
