@@ -1,22 +1,40 @@
-"""Save, find and load checkpoints of a run: `checkpoints/step_00000100` holds the state after 100 steps."""
+"""Save, find and load checkpoints of a run: `checkpoints/step_00000100` holds the state after 100 steps.
+
+A checkpoint is whole or not there. Every rank writes one file into a temporary folder, with its hash; when all are on the
+disk, rank 0 writes the manifest, renames the folder and points `latest` at it. Training stands still only for the copy to
+host memory: the rest happens in a thread, and no collective runs there. docs/checkpoints.md explains the format.
+"""
 
 import json
 import os
-import random
-import re
 import shutil
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import torch.distributed as dist
 
 from dstrain import distributed
+from dstrain.checkpoint import engine_state
+from dstrain.checkpoint.files import Written, hash_file, rank_file, sync_folder, write_bytes, write_safetensors
+from dstrain.checkpoint.manifest import (
+    checkpoint_step,
+    find_problems,
+    list_checkpoints,
+    list_folders,
+    read_manifest,
+    write_latest,
+    write_manifest,
+)
+from dstrain.checkpoint.reshape import CheckpointReader
+from dstrain.checkpoint.state import HostMemory, Snapshot, load_snapshot, take_snapshot
 from dstrain.errors import UserError
+from dstrain.parallel import Launch
 
-_NAME = re.compile(r"step_(\d{8})$")
+MODEL_FILES = "model"  # config, tokenizer, ...: what an export needs besides weights
 
 
 @dataclass(frozen=True)
@@ -33,24 +51,35 @@ class TrainState:
 
 @dataclass(frozen=True)
 class SaveStats:
+    """A committed checkpoint: its size, how long training stood still, and how long until it was whole on disk."""
+
     bytes: int
     stall_s: float
     total_s: float
+    step: int = 0
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if _NAME.match(p.name) and (p / "manifest.json").is_file())
+@dataclass(frozen=True)
+class Restored:
+    """What `CheckpointManager.restore` found and loaded. notes: what the user should read about it, one line each."""
+
+    path: Path
+    state: TrainState
+    extra: dict[str, Any]
+    notes: list[str]
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means. Raises UserError when a named one is not there."""
+    """The checkpoint that `--resume_from_checkpoint` means, by names and sizes; `load` reads the hashes.
+
+    None: begin anew. Raises UserError when a named one is not there, or when there are only damaged ones.
+    """
     if resume == "none":
         return None
     if resume == "auto":
         found = list_checkpoints(folder)
+        if not found and (damaged := list_folders(folder)):
+            raise _all_damaged(folder, damaged)
         return found[-1] if found else None
     path = Path(resume)
     if (path / "manifest.json").is_file():
@@ -61,16 +90,104 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     raise UserError(f"--resume_from_checkpoint {resume} holds no complete checkpoint: name a step_* folder or a run folder")
 
 
-class CheckpointManager:
-    """Writes into a temporary folder first and renames it when every rank is done, so a checkpoint is whole or absent."""
+def _all_damaged(folder: Path, damaged: list[Path]) -> UserError:
+    return UserError(
+        f"{folder} holds {len(damaged)} checkpoint(s) and none is whole (`dstrain checkpoint verify {damaged[-1]}` says why): "
+        "add --overwrite_output_dir to begin anew, or name another with --resume_from_checkpoint"
+    )
 
-    def __init__(self, folder: Path, engine: Any, *, save_steps: int, save_total_limit: int | None):
+
+@dataclass
+class _Save:
+    """One checkpoint on its way to the disk. `write` may run in a thread: it uses files, never a collective."""
+
+    target: Path
+    temporary: Path
+    snapshot: Snapshot
+    contents: dict[str, Any]
+    rank: int
+    world_size: int
+    retain: Callable[[Path], None]
+    started: float
+    stall_s: float = 0.0
+    written: threading.Event = field(default_factory=threading.Event)
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    problem: str | None = None
+    stats: SaveStats | None = None
+    thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        try:
+            path = self.temporary / rank_file(self.rank)
+            written = write_safetensors(path, self.snapshot.entries, self.snapshot.metadata)
+            done = self.temporary / f"{path.name}.done"
+            write_bytes(done.with_suffix(".part"), json.dumps(asdict(written)).encode())
+            os.replace(done.with_suffix(".part"), done)
+        except OSError as error:
+            self.problem = f"{self.target} could not be written ({error.strerror}); the checkpoints before it are kept"
+        self.written.set()
+        if self.rank == 0 and self.problem is None:
+            try:
+                self._commit()
+            except OSError as error:
+                self.problem = f"{self.target} could not be committed ({error.strerror}); the checkpoints before it are kept"
+
+    def _commit(self) -> None:
+        files = {}
+        for rank in range(self.world_size):
+            name = rank_file(rank)
+            done = self.temporary / f"{name}.done"
+            while not done.exists():
+                if self.abandoned.wait(0.02):
+                    return
+            files[name] = Written(**json.loads(done.read_text()))
+            done.unlink()
+        files.update(self.contents.pop("model_files"))
+        contents = {**self.contents, "files": {name: asdict(file) for name, file in files.items()}}
+        manifest = write_manifest(self.temporary, contents)
+        replaced = self.target.with_name(f".{self.target.name}.old")
+        if self.target.exists():
+            os.replace(self.target, replaced)
+        os.replace(self.temporary, self.target)
+        sync_folder(self.target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_latest(self.target)
+        self.retain(self.target)
+        total_s = time.perf_counter() - self.started
+        self.stats = SaveStats(manifest.bytes, self.stall_s, total_s, manifest.step)
+
+
+class CheckpointManager:
+    """Writes checkpoints of an engine, at most one at a time, and finds and restores them.
+
+    write_model_files: called on rank 0 with a folder for what an export needs besides weights. description: more facts
+    for the manifest, plain JSON.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Any,
+        *,
+        save_steps: int,
+        save_total_limit: int | None,
+        background: bool = False,
+        write_model_files: Callable[[Path], Any] | None = None,
+        description: dict[str, Any] | None = None,
+    ):
         self.folder = folder
         self.engine = engine
         self.save_steps = save_steps
         self.save_total_limit = save_total_limit
+        self.background = background
+        self.write_model_files = write_model_files
+        self.description = description or {}
         self.saved_step: int | None = None
-        self.main = distributed.Launch.from_environment().is_main
+        self.launch = Launch.from_environment()
+        self.memory = HostMemory()
+        self._in_flight: _Save | None = None
+        self._finished: list[SaveStats] = []
+        self._cleaned = False
 
     def is_due(self, step: int) -> bool:
         return self.save_steps > 0 and step % self.save_steps == 0
@@ -78,68 +195,222 @@ class CheckpointManager:
     def save(self, state: TrainState, extra: dict[str, Any]) -> SaveStats | None:
         """Write a checkpoint after `state.step` steps; None when that step is already saved. A collective.
 
-        extra: plain JSON that `load` gives back.
+        extra: plain JSON that `load` gives back. In the background, None is returned and `finished` tells of the commit.
+        Raises UserError when the disk is full, also when that happened to the save before this one.
         """
         if self.saved_step == state.step:
             return None
-        start = time.perf_counter()
+        started = time.perf_counter()
+        self.wait()
         target = self.folder / f"step_{state.step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
-        if self.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        distributed.barrier()
-        self.engine.save_checkpoint(str(temporary), tag="engine", client_state={**asdict(state), "extra": extra}, save_latest=False)
-        torch.save(_random_states(), temporary / f"random_{distributed.Launch.from_environment().rank:05d}.pt")
-        distributed.barrier()
-        if self.main:
-            files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
-            (temporary / "manifest.json").write_text(json.dumps({**asdict(state), "files": files}, indent=1))
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-            _write_latest(self.folder, target.name)
-            self._retain()
-        distributed.barrier()
+        snapshot = take_snapshot(self.engine, self.memory)
+        (num_bytes,) = distributed.sum_over_ranks([float(snapshot.bytes)])
+        contents = {**self.description, **asdict(state), "extra": extra, "engine": engine_state.capture(self.engine)}
+        contents["layout"] = {"world_size": self.launch.world_size, **layout_of(self.engine)}
+        problem = self._open_temporary(temporary, int(num_bytes), contents) if self.launch.is_main else None
+        self._agree(problem)
+        if not temporary.is_dir():
+            problem = f"{self.folder} is not the same folder on every host: use a shared file system for --output_dir"
+        self._agree(problem)
+        save = _Save(
+            target, temporary, snapshot, contents, self.launch.rank, self.launch.world_size, self._retain, started
+        )
+        self._in_flight = save
         self.saved_step = state.step
-        total = time.perf_counter() - start
-        size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file()) if self.main else 0
-        return SaveStats(size, total, total)
+        save.stall_s = time.perf_counter() - started
+        save.thread = threading.Thread(target=save.run, name="checkpoint", daemon=True)
+        save.thread.start()
+        if self.background:
+            return None
+        self.wait()
+        self._finished = [stats for stats in self._finished if stats.step != state.step]
+        total_s = time.perf_counter() - started
+        return SaveStats(int(num_bytes), total_s, total_s, state.step)
+
+    def finished(self) -> list[SaveStats]:
+        """Checkpoints committed since the last call, on rank 0; the other ranks do not know. Never waits."""
+        save = self._in_flight
+        if save is not None and save.stats is not None:
+            self._finished.append(save.stats)
+            save.stats = None
+        done, self._finished = self._finished, []
+        return done
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is committed. A collective. Raises UserError when it could not be written."""
+        save = self._in_flight
+        if save is None:
+            return
+        self._in_flight = None
+        save.written.wait()
+        problems = set(gather(save.problem))
+        if any(problems):
+            save.abandoned.set()
+        assert save.thread is not None
+        save.thread.join()
+        problems |= set(gather(save.problem))
+        if any(problems):
+            self.saved_step = None
+            if self.launch.is_main:
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            raise UserError(sorted(problem for problem in problems if problem))
+        if save.stats is not None:
+            self._finished.append(save.stats)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint. A collective. Raises UserError when it could not be written."""
+        self.wait()
+
+    def _agree(self, problem: str | None) -> None:
+        """Raise the same UserError on every rank when any has a problem. A collective."""
+        problems = sorted({p for p in gather(problem) if p})
+        if problems:
+            raise UserError(problems)
+
+    def _open_temporary(self, temporary: Path, num_bytes: int, contents: dict[str, Any]) -> str | None:
+        """Rank 0: room on the disk, an empty folder, and the model's own files in it."""
+        try:
+            self.clean()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            needed = num_bytes + num_bytes // 50 + (16 << 20)
+            if free < needed:
+                return (
+                    f"{self.folder} has {free / 2**30:.2f} GiB free, the checkpoint needs {needed / 2**30:.2f} GiB: free "
+                    "space or lower --save_total_limit; the checkpoints before it are kept"
+                )
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            contents["model_files"] = self._write_model_files(temporary)
+        except OSError as error:
+            return f"{self.folder} could not be written ({error.strerror}); the checkpoints before it are kept"
+        return None
+
+    def _write_model_files(self, temporary: Path) -> dict[str, Written]:
+        if self.write_model_files is None:
+            return {}
+        folder = temporary / MODEL_FILES
+        folder.mkdir()
+        self.write_model_files(folder)
+        return {str(p.relative_to(temporary)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    def clean(self) -> None:
+        """Rank 0, once: remove what an interrupted save left; put back what it had moved aside."""
+        if self._cleaned or not self.folder.is_dir():
+            return
+        self._cleaned = True
+        for old in self.folder.glob(".step_*.old"):
+            target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            if not target.exists():
+                os.replace(old, target)
+        for left in (*self.folder.glob(".step_*.tmp"), *self.folder.glob(".step_*.old")):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def restore(self, resume: str) -> Restored | None:
+        """Find what `--resume_from_checkpoint` means, prove it whole, and load it. A collective.
+
+        With `auto` a damaged checkpoint is set aside as `NAME.damaged` and the one before it is taken: the notes say so.
+        None: there is nothing to go on from. Raises UserError rather than begin anew beside damaged checkpoints.
+        """
+        notes: list[str] = []
+        if self.launch.is_main and resume != "none":
+            self.clean()
+        distributed.barrier()
+        folders = list_folders(self.folder)
+        while True:
+            path = folders[-1] if resume == "auto" and folders else choose_checkpoint(self.folder, resume)
+            if path is None:
+                return None
+            problems = self._find_problems(path)
+            if not problems:
+                break
+            if resume != "auto":
+                raise UserError(problems[:5])
+            folders.remove(path)
+            notes.append(f"{path} is damaged and set aside: {problems[0]}")
+            if not folders:
+                raise UserError([*problems[:3], *_all_damaged(self.folder, [path]).problems])
+            if self.launch.is_main:
+                _set_aside(path)
+            distributed.barrier()
+        state, extra, differences = self._load(path)
+        if self.launch.is_main and path.parent == self.folder:
+            write_latest(path)
+        return Restored(path, state, extra, notes + differences)
 
     def load(self, path: Path) -> tuple[TrainState, dict[str, Any]]:
-        """Restore engine, schedule and random states from a committed checkpoint; returns what was saved. A collective."""
-        loaded, client = self.engine.load_checkpoint(str(path), tag="engine")
-        if loaded is None:
-            raise UserError(f"{path} cannot be loaded: it holds no engine state for this layout")
-        own = path / f"random_{distributed.Launch.from_environment().rank:05d}.pt"
-        if own.exists():
-            _restore_random_states(torch.load(own, weights_only=False))
-        state = TrainState(client["step"], client["samples_consumed"])
-        self.saved_step = state.step
-        return state, client["extra"]
+        """Prove a checkpoint whole and load it; returns what was saved. A collective. Raises UserError."""
+        problems = self._find_problems(path)
+        if problems:
+            raise UserError(problems[:5])
+        state, extra, _ = self._load(path)
+        return state, extra
 
-    def _retain(self) -> None:
+    def _find_problems(self, path: Path) -> list[str]:
+        """Every rank reads its share of the files."""
+        own = find_problems(path, self.launch.rank, self.launch.world_size)
+        return sorted({problem for problems in gather(own) for problem in problems})
+
+    def _load(self, path: Path) -> tuple[TrainState, dict[str, Any], list[str]]:
+        contents, reader = read_manifest(path).contents, CheckpointReader(path)
+        _check_optimizer(path, contents["engine"]["optimizer"], self.engine)
+        load_snapshot(self.engine, reader)
+        notes = engine_state.restore(self.engine, contents["engine"])
+        facts = reader.rank_facts(self.launch.rank)
+        if facts is not None:
+            engine_state.restore_random_states(facts["random"])
+        state = TrainState(contents["step"], contents["samples_consumed"])
+        self.saved_step = state.step if path.parent == self.folder else None
+        now = {"world_size": self.launch.world_size, **layout_of(self.engine)}
+        changed = [f"{k} {contents['layout'].get(k)} -> {v}" for k, v in now.items() if contents["layout"].get(k) != v]
+        if changed:
+            notes.append("another layout: " + ", ".join(changed))
+        distributed.barrier()
+        return state, contents["extra"], notes
+
+    def _retain(self, newest: Path) -> None:
+        """Keep the newest `save_total_limit` whole checkpoints, the one just committed among them."""
         if self.save_total_limit:
-            for old in list_checkpoints(self.folder)[: -self.save_total_limit]:
+            kept = [p for p in list_checkpoints(self.folder) if p != newest] + [newest]
+            for old in kept[: -self.save_total_limit]:
                 shutil.rmtree(old)
 
 
-def _write_latest(folder: Path, name: str) -> None:
-    temporary = folder / ".latest.tmp"
-    temporary.write_text(name + "\n")
-    temporary.replace(folder / "latest")
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, on every rank. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def _set_aside(path: Path) -> None:
+    target = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
 
 
-def _restore_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _check_optimizer(path: Path, saved: str, engine: Any) -> None:
+    own = type(engine_state.inner_optimizer(engine)).__name__
+    if engine_state.family(saved) != engine_state.family(own):
+        raise UserError(
+            f"{path} holds the state of {saved}, the JSON asks for {own}: name that optimizer, or begin a new run from the "
+            "weights (`dstrain export`, then --model_name_or_path)"
+        )
+
+
+def layout_of(engine: Any) -> dict[str, Any]:
+    """How an engine is split, for the manifest and for people."""
+    optimizer = engine.optimizer
+    return {
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "optimizer_wrapper": type(optimizer).__name__,
+        "tp_size": int(engine.autotp_size()),
+        "pp_size": int(getattr(engine, "num_stages", 1)),
+        "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+__all__ = ["CheckpointManager", "Restored", "SaveStats", "TrainState", "checkpoint_step", "choose_checkpoint", "list_checkpoints"]

@@ -1,0 +1,231 @@
+"""What a rank holds of the trained state, in terms that no layout owns: named parameters and ranges of their elements.
+
+`open_shards` walks the flat fp32 buffers of whichever optimizer DeepSpeed 0.19 built (plain, FP16_Optimizer,
+FP16_UnfusedOptimizer, BF16_Optimizer, ZeRO 1 and 2, ZeRO 3 with or without NVMe) and says of each which elements of which
+parameter lie where. Saving copies them out, loading copies them in; everything else in this package is the same for all
+of them. This is the only file that knows DeepSpeed's optimizers from the inside.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstrain.checkpoint.cuts import Cut, find_cut
+
+_PREFIXES = re.compile(r"^(?:_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`numel` elements of a parameter (of this rank's cut of it) from flat index `start`, at `offset` of a buffer."""
+
+    name: str
+    start: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One buffer of master weights and the optimizer's state of it.
+
+    weights: float tensor of any shape, fp32 unless DeepSpeed was told otherwise. state: the optimizer's own dict for it;
+    a tensor of the same shape holds one value per weight. replicated: every data-parallel rank holds the same.
+    """
+
+    weights: torch.Tensor
+    state: dict[str, Any]
+    fragments: tuple[Fragment, ...]
+    replicated: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands among those that hold copies of the same thing."""
+
+    replica: int  # among the data-parallel (and sequence-parallel) ranks
+    num_replicas: int
+    tp_rank: int
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module's parameters under the names that every layout shares, those of the unsplit Hugging Face model."""
+
+    parameters: dict[str, nn.Parameter]
+    cuts: dict[str, Cut]  # only of those that tensor parallelism splits
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Named":
+        parameters = {common_name(name): p for name, p in module.named_parameters()}
+        cuts = {name: cut for name, p in parameters.items() if (cut := find_cut(p)) is not None}
+        return cls(parameters, cuts)
+
+    def names(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.parameters.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole parameter, whatever this rank holds of it."""
+        return self.cuts[name].full_shape if name in self.cuts else local_shape(self.parameters[name])
+
+
+def common_name(name: str) -> str:
+    """`name` without what torch.compile and wrappers put in front."""
+    return _PREFIXES.sub("", name)
+
+
+def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape before ZeRO-3 partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def place(engine: Any) -> Place:
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    group = engine.seq_data_parallel_group
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    tp_size = engine.autotp_size() if hasattr(engine, "autotp_size") else 1
+    return Place(rank, size, groups.get_tensor_model_parallel_rank() if tp_size > 1 else 0)
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that updates the weights, inside DeepSpeed's wrapper if there is one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def open_shards(engine: Any, names: dict[int, str], *, changing: bool) -> Iterator[Shard]:
+    """Every buffer of this rank, one after another. The tensors are only valid until the next one is asked for.
+
+    names: id of a module's parameter -> name. changing: the caller writes into the buffers; the 16-bit weights of the
+    model are then rounded from them. A collective when `changing`.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _zero3(optimizer, names, changing)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        flats = optimizer.single_partition_of_fp32_groups
+        yield from _partitioned(optimizer, flats, optimizer.bit16_groups, names)
+        if changing:
+            optimizer._hp_optimizer_states_linked = False  # the views of new state are made at the next step
+            optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups_flat_partition"):
+        yield from _partitioned(optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, names)
+        if changing:
+            optimizer._hp_optimizer_states_linked = False
+            optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        for flat, group in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+            yield Shard(flat.detach(), optimizer.optimizer.state[flat], _in_a_row(group, names), replicated=True)
+        if changing:
+            _round_into(_pairs_of_flat(optimizer))
+    elif hasattr(optimizer, "fp32_groups"):
+        for masters, group in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, parameter in zip(masters, group, strict=True):
+                yield Shard(master.detach(), optimizer.optimizer.state[master], _in_a_row([parameter], names), True)
+        if changing:
+            _round_into(
+                (p, m) for g, ms in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for p, m in zip(g, ms, strict=True)
+            )
+    else:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield Shard(parameter.detach(), optimizer.state[parameter], _in_a_row([parameter], names), True)
+
+
+def _in_a_row(parameters: list[nn.Parameter], names: dict[int, str]) -> tuple[Fragment, ...]:
+    """Whole parameters, one behind the other."""
+    fragments, offset = [], 0
+    for parameter in parameters:
+        fragments.append(Fragment(names[id(parameter)], 0, offset, parameter.numel()))
+        offset += parameter.numel()
+    return tuple(fragments)
+
+
+def _partitioned(optimizer: Any, flats: list, groups: list, names: dict[int, str]) -> Iterator[Shard]:
+    """ZeRO 1 and 2, and BF16_Optimizer: a range of the concatenated parameters of each group."""
+    for flat, group in zip(flats, groups, strict=True):
+        fragments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                fragments.append(Fragment(names[id(parameter)], low.start, high.start, low.numel))
+        yield Shard(flat.detach(), optimizer.optimizer.state[flat], tuple(fragments), replicated=False)
+
+
+def _zero3(optimizer: Any, names: dict[int, str], changing: bool) -> Iterator[Shard]:
+    """A range of every parameter, padded at the last rank; on NVMe one sub-group at a time is in memory."""
+    if changing:
+        optimizer.checkpoint_event_prologue()  # small parameters are kept whole between steps: give them back
+    for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        swapped = optimizer._swappable_optimizer_subgroup(i)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(i)
+        fragments, offset = [], 0
+        for parameter in optimizer.fp16_groups[i]:
+            size = parameter.partition_numel()
+            start = size * optimizer._get_param_partition_rank(parameter)
+            numel = min(size, parameter.ds_numel - start)
+            if numel > 0:
+                fragments.append(Fragment(names[id(parameter)], start, offset, numel))
+            offset += size
+        yield Shard(flat.detach(), optimizer.optimizer.state[flat], tuple(fragments), replicated=False)
+        if changing:
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if swapped and changing:
+            optimizer._optimizer_states_and_gradient_swap_out(i)
+        elif swapped:
+            optimizer._release_swap_buffers(i)
+    if changing:
+        optimizer.checkpoint_event_epilogue()
+
+
+def _pairs_of_flat(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    for flat, group in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+        offset = 0
+        for parameter in group:
+            yield parameter, flat.detach()[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+
+@torch.no_grad()
+def _round_into(pairs: Iterator[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, master in pairs:
+        parameter.data.copy_(master)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What no optimizer holds: this rank's part of a frozen parameter, or a buffer that the model keeps."""
+
+    kind: str  # "weight" or "buffer"
+    fragment: Fragment
+    tensor: torch.Tensor  # its elements, flat; writing into it changes the model
+    shape: tuple[int, ...]
+    replicated: bool
+
+
+def rest_of(module: nn.Module, named: Named) -> Iterator[Rest]:
+    for name, parameter in named.parameters.items():
+        if parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_tensor"):
+            size = parameter.partition_numel()
+            start = size * parameter.ds_process_group.rank() if hasattr(parameter.ds_process_group, "rank") else 0
+            numel = max(0, min(size, parameter.ds_numel - start))
+            data = parameter.ds_tensor.data.view(-1)[:numel]
+            yield Rest("weight", Fragment(name, start, 0, numel), data, named.shape(name), replicated=False)
+        else:
+            data = parameter.data.view(-1)
+            yield Rest("weight", Fragment(name, 0, 0, data.numel()), data, named.shape(name), replicated=True)
+    for prefix, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and key not in owner._non_persistent_buffers_set:
+                name = common_name(f"{prefix}.{key}".lstrip("."))
+                data = buffer.view(-1)
+                yield Rest("buffer", Fragment(name, 0, 0, data.numel()), data, tuple(buffer.shape), replicated=True)

@@ -1,0 +1,92 @@
+"""Tiny runs through the real trainer, for the tests of checkpoints: one model, one text, any DeepSpeed JSON.
+
+    start(folder, config("zero2"), ranks=2)            # trains 6 steps, saves after 3 and 6
+    interrupt(folder)                                  # as if it had died after step 3
+    resume(folder, config("zero3"), ranks=1)           # goes on under another layout
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tests.launch import ROOT, Result, train
+
+STEPS = 6
+SAVED = 3
+GLOBAL_BATCH = 4
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+ADAMW = {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
+SCHEDULE = {"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 2}}
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """A file of ds_configs, with a batch and a schedule for a tiny run."""
+    values = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    values["train_batch_size"] = GLOBAL_BATCH
+    if "scheduler" in values:
+        values["scheduler"] = SCHEDULE
+    if "optimizer" in values and values["optimizer"]["type"] == "AdamW":
+        values["optimizer"] = ADAMW
+    return values
+
+
+def config(stage: int, precision: str = "fp32", **extra: Any) -> dict[str, Any]:
+    """A small DeepSpeed JSON; `zero` in extra goes into its zero_optimization block."""
+    zero = {"stage": stage, **extra.pop("zero", {})}
+    values = {"train_batch_size": GLOBAL_BATCH, "optimizer": ADAMW, "scheduler": SCHEDULE, "zero_optimization": zero}
+    if precision != "fp32":
+        values[precision] = {"enabled": True}
+    return {**values, **extra}
+
+
+def flags(folder: Path, values: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    """Write the inputs of a run beside its folder, and name them."""
+    inputs = folder.parent / f"{folder.name}_inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    (inputs / "ds.json").write_text(json.dumps(values))
+    (inputs / "model.json").write_text(json.dumps({**MODEL, **model}))
+    words = "the a cat dog sat on mat and ran far away from old red house with blue door".split()
+    draw = random.Random(1)
+    text = "\n".join(" ".join(draw.choice(words) for _ in range(30)) for _ in range(200))
+    (inputs / "text.txt").write_text(text)
+    text_file = str(inputs / "text.txt")
+    return [
+        *("--deepspeed_config", str(inputs / "ds.json"), "--config_name", str(inputs / "model.json")),
+        *("--tokenizer_name", "bytes", "--train_file", text_file, "--validation_file", text_file),
+        *("--block_size", "32", "--max_eval_batches", "1", "--report_to", "none"),
+        *("--max_steps", str(STEPS), "--save_steps", str(SAVED)),
+    ]
+
+
+def start(
+    folder: Path, values: dict[str, Any], ranks: int = 1, *more: str, model: dict[str, Any] | None = None, **options: Any
+) -> Result:
+    """Train from the beginning, or go on: the same command does both."""
+    launcher = "python" if ranks == 1 else "torchrun"
+    return train(folder, *flags(folder, values, model or {}), *more, launcher=launcher, ranks=ranks, **options)
+
+
+def interrupt(folder: Path, copy_to: Path | None = None) -> Path:
+    """The run folder (or a copy of it) as a kill after step SAVED + 1 would have left it."""
+    target = folder if copy_to is None else Path(shutil.copytree(folder, copy_to))
+    shutil.rmtree(target / "checkpoints" / f"step_{STEPS:08d}")
+    (target / "checkpoints" / "latest").unlink()
+    return target
+
+
+def state_files(folder: Path, step: int = STEPS) -> dict[str, str]:
+    """Name -> sha256 of what a checkpoint holds of weights, moments, counters and random states."""
+    manifest = json.loads((folder / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
+    return {name: facts["sha256"] for name, facts in manifest["files"].items()}
