@@ -23,7 +23,7 @@ def _device(value: Any) -> Any:
 
 def _autocast(value: Any) -> Any:
     enabled = isinstance(value, dict) and value.get("enabled") is True
-    return {"enabled": True, "dtype": "float16"} if enabled else None
+    return {"enabled": True, "dtype": "bfloat16"} if enabled else None
 
 
 _GONE = "was removed in DeepSpeed 0.19: leave it out"

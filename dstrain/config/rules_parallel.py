@@ -79,14 +79,14 @@ def tensor_parallel_keys(case: Case) -> Iterator[str]:
             yield f"tensor_parallel.{key} is for inference and not for training: leave it out"
 
 
-def tensor_parallel_norm(case: Case) -> Iterator[str]:
-    cls = case.optimizer_class
-    fused = cls is not None and cls.name == "FusedAdam"
-    if case.dims.tp_size > 1 and case.stage == 0 and case.precision != "fp32" and not fused:
-        yield (
-            f"tensor_parallel.autotp_size with {case.precision} at stage 0 computes a wrong gradient norm for "
-            f"{cls.name if cls else 'this optimizer'}: write zero_optimization.stage 1"
-        )
+def tensor_parallel_head(case: Case) -> Iterator[str | Repair]:
+    key = "tensor_parallel.vocab_parallel_lm_head"
+    if case.dims.tp_size == 1:
+        return
+    if case.get(key) is True:
+        yield f"{key} leaves generation with a part of the logits: leave it out, the loss is split without it"
+    elif case.get(key) is None:
+        yield Repair(key, False, "derived: dstrain's loss splits the vocabulary itself; generation needs whole logits")
 
 
 def expert_parallel(case: Case) -> Iterator[str]:
@@ -109,7 +109,7 @@ RULES: tuple[Rule, ...] = (
     one_model_parallelism,
     data_parallel_size,
     tensor_parallel_keys,
-    tensor_parallel_norm,
+    tensor_parallel_head,
     expert_parallel,
     sequence_parallel_type,
 )

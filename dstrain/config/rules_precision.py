@@ -32,31 +32,31 @@ def autocast_names_its_type(case: Case) -> Iterator[Repair]:
         yield Repair("torch_autocast.dtype", "bfloat16", reason)
 
 
-def autocast_float16_norm(case: Case) -> Iterator[str]:
-    if case.autocast == "float16" and case.stage in (1, 2):
-        yield (
-            f"torch_autocast float16 at stage {case.stage} leaves the loss scale in the gradient norm, so that "
-            'clipping is wrong: write "dtype": "bfloat16", or stage 3'
+def autocast_float16(case: Case) -> Iterator[str]:
+    if case.autocast == "float16":
+        effect = (
+            "leaves the loss scale in the gradient norm, so that clipping is wrong"
+            if case.stage
+            else "has no loss scaling, so that small gradients become zero"
         )
+        yield f'torch_autocast float16 at stage {case.stage} {effect}: write "dtype": "bfloat16", or fp16 instead'
 
 
 def accumulation_type_at_stage_0(case: Case) -> Iterator[str]:
     asked = case.get("data_types.grad_accum_dtype")
-    if case.stage == 0 and asked is not None and _SHORT.get(asked, asked) != case.precision:
+    unlike = asked is not None and _SHORT.get(asked, asked) != case.precision
+    if case.stage == 0 and case.precision == "fp32" and unlike:
         yield (
-            f"data_types.grad_accum_dtype {asked} with {case.precision} is refused by DeepSpeed at stage 0: "
-            "write stage 1, or leave it out"
+            f"data_types.grad_accum_dtype {asked} is refused by DeepSpeed at stage 0: write stage 1, or leave it out"
         )
 
 
-def accumulation_in_16_bits(case: Case) -> Iterator[str]:
-    """At stage 0 gradients of several micro-batches add up in the parameters' own 16 bits."""
-    steps = case.batch.gradient_accumulation_steps
-    unsaid = case.get("data_types.grad_accum_dtype") is None
-    if case.stage == 0 and case.precision != "fp32" and steps > 1 and unsaid:
+def sixteen_bits_at_stage_0(case: Case) -> Iterator[str]:
+    """Its optimizers step once with zero gradients when they are made, and add up gradients in 16 bits."""
+    if case.stage == 0 and case.precision != "fp32":
         yield (
-            f"{case.precision} at stage 0 adds up {steps} micro-batches in {case.precision}: write stage 1 (adds up "
-            f'in fp32), or say it with "data_types": {{"grad_accum_dtype": "{case.precision}"}}'
+            f"{case.precision} at ZeRO stage 0 gives wrong numbers (DeepSpeed takes an empty optimizer step before the "
+            "first, and adds up gradients in 16 bits): write zero_optimization.stage 1, also for one process"
         )
 
 
@@ -89,6 +89,16 @@ def master_weights(case: Case) -> Iterator[str]:
         elif not on_cpu and not (states_too and not case.offload_optimizer):
             more = ", or bf16_optimizer_states true" if name == "bf16" else ""
             yield f"{key} needs Adam or AdamW offloaded to cpu{more}: add one, or leave it out"
+    accumulates = case.get("data_types.grad_accum_dtype")
+    if (
+        case.get("bf16.bf16_master_weights_and_grads")
+        and case.stage == 1
+        and _SHORT.get(accumulates, accumulates) == "fp32"
+    ):
+        yield (
+            "bf16.bf16_master_weights_and_grads is ignored at stage 1 with data_types.grad_accum_dtype fp32: "
+            "leave one of them out"
+        )
     if case.get("bf16.bf16_optimizer_states") and not case.get("bf16.bf16_master_weights_and_grads"):
         yield "bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads: add it, or leave both out"
 
@@ -100,21 +110,15 @@ def immediate_update(case: Case) -> Iterator[str]:
         yield "bf16.immediate_grad_update is ignored with offload_optimizer: leave it out"
 
 
-def lamb_scale(case: Case) -> Iterator[str]:
-    if case.optimizer == "Lamb" and case.get("fp16.loss_scale"):
-        yield "optimizer.type Lamb needs dynamic loss scaling: leave fp16.loss_scale out"
-
-
 RULES: tuple[Rule, ...] = (
     one_precision,
     device_has_precision,
     autocast_names_its_type,
-    autocast_float16_norm,
+    autocast_float16,
     accumulation_type_at_stage_0,
-    accumulation_in_16_bits,
+    sixteen_bits_at_stage_0,
     parameter_type,
     kept_modules,
     master_weights,
     immediate_update,
-    lamb_scale,
 )

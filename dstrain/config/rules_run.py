@@ -25,6 +25,7 @@ _SWITCHED = (
 _WITHOUT_EFFECT = {
     "dataloader_drop_last": "is for DeepSpeed's own data loader, and dstrain has its own",
     "disable_allgather": "is read by nothing in DeepSpeed 0.19.8",
+    "optimizer.legacy_fusion": "is read at stage 0 with 16 bits only, which dstrain refuses",
     "vocabulary_size": "only makes DeepSpeed warn; the vocabulary is the model's",
     "weight_quantization": "is for inference",
     "autotuning.enabled": "ends the run after a few steps; it belongs to `deepspeed --autotuning`",

@@ -224,23 +224,34 @@ def optimizer_on_cpu(case: Case) -> Iterator[str]:
         yield "optimizer.type Lamb has no CPU kernel for offload_optimizer: leave the offload out, or write AdamW"
 
 
-def muon(case: Case) -> Iterator[str | Repair]:
-    if case.optimizer != "Muon":
-        return
-    if case.stage == 3:
+def muon_needs_whole_gradients(case: Case) -> Iterator[str | Repair]:
+    if case.optimizer == "Muon" and case.stage == 3:
         given = case.get("zero_optimization.reduce_scatter")
         if given is True:
             yield "optimizer.type Muon cannot work with reduce_scatter at stage 3: write reduce_scatter false"
         if given is None:
-            reason = "derived: Muon needs whole gradients at stage 3"
-            yield Repair("zero_optimization.reduce_scatter", False, reason)
+            yield Repair("zero_optimization.reduce_scatter", False, "derived: Muon needs whole gradients at stage 3")
+
+
+def muon_numbers(case: Case) -> Iterator[str]:
+    """Measured: only these give the numbers of one process. ZeRO's optimizers clip Muon's update, not the gradient."""
+    if case.optimizer != "Muon":
+        return
+    if case.precision == "fp16":
+        yield "optimizer.type Muon is not shown to be right with fp16: write bf16, or leave fp16 out"
+    elif case.precision == "bf16" and (case.stage == 2 or (case.stage == 1 and case.offload_optimizer)):
+        yield f"optimizer.type Muon gives wrong numbers with bf16 {_where(case)}: write stage 1 without offload"
+    elif case.clipping and case.stage > 0 and not (case.precision == "bf16" and case.stage == 1):
+        yield (
+            f"optimizer.type Muon {_where(case)} clips its update instead of the gradient: "
+            "write gradient_clipping 0, or bf16 at stage 1"
+        )
     if case.stage == 1 and case.precision == "bf16" and case.dims.model_parallel_size > 1:
-        yield "optimizer.type Muon with bf16 at stage 1 works without other parallelism only: write stage 2"
+        yield "optimizer.type Muon with bf16 at stage 1 is refused by DeepSpeed with model parallelism: write AdamW"
 
 
-def legacy_fusion(case: Case) -> Iterator[str]:
-    if case.get("optimizer.legacy_fusion") and not (case.precision != "fp32" and case.stage == 0):
-        yield "optimizer.legacy_fusion is read at stage 0 with 16 bits only: leave it out"
+def _where(case: Case) -> str:
+    return f"at stage {case.stage}" + (" with offload_optimizer" if case.offload_optimizer else "")
 
 
 RULES: tuple[Rule, ...] = (
@@ -266,6 +277,6 @@ RULES: tuple[Rule, ...] = (
     adam_means_adamw,
     amsgrad,
     optimizer_on_cpu,
-    muon,
-    legacy_fusion,
+    muon_needs_whole_gradients,
+    muon_numbers,
 )
