@@ -119,8 +119,10 @@ def _is_kind(kind: str, value: Any) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    if isinstance(value, int):
+        return abs(value) < 2**63
     # 5e8 is a float to JSON and a whole number to everyone who writes it.
-    return math.isfinite(value) and (kind == "number" or float(value).is_integer())
+    return math.isfinite(value) and (kind == "number" or value.is_integer())
 
 
 def _is_choice(key: Key, value: Any) -> bool:

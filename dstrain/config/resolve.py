@@ -170,6 +170,8 @@ def resolve_config(
     completion = _Completion(whole_numbers(resolved), origins, problems)
     resolved = completion.config
     completion.note(fill_auto(resolved, facts))
+    if any(value == "auto" for key, value in leaves(resolved) if key.split(".")[0] in _STRUCTURE):
+        raise _refusal(problems, facts)
     try:
         dims = ParallelDims(
             world_size,
