@@ -23,7 +23,12 @@ OTHER_HOSTS := $(shell awk '!/^ *\#/ && NF && $$1 != "localhost"' hostfile)
 LOCAL := $(if $(OTHER_HOSTS),,--no_ssh_check --master_addr 127.0.0.1)
 SLOTS := $(shell sed -n 's/^localhost.*slots=\([0-9]*\).*/\1/p' hostfile)
 THREADS := $(shell n=$$(( $$(nproc) / $(or $(SLOTS),1) )); echo $$(( n > 0 ? n : 1 )))
-LAUNCH := $(if $(filter-out 0,$(GPUS)),deepspeed --num_gpus $(GPUS),deepspeed --hostfile hostfile $(LOCAL))
+ifeq ($(filter-out 0,$(GPUS)),)
+export DS_ACCELERATOR := cpu  # DeepSpeed then does not warn, in every process, that it found no GPU
+LAUNCH := deepspeed --quiet --hostfile hostfile $(LOCAL)
+else
+LAUNCH := deepspeed --quiet --num_gpus $(GPUS)
+endif
 
 .PHONY: train test lint env format
 .DEFAULT_GOAL := test
