@@ -24,7 +24,8 @@ LOCAL := $(if $(OTHER_HOSTS),,--no_ssh_check --master_addr 127.0.0.1)
 SLOTS := $(shell sed -n 's/^localhost.*slots=\([0-9]*\).*/\1/p' hostfile)
 THREADS := $(shell n=$$(( $$(nproc) / $(or $(SLOTS),1) )); echo $$(( n > 0 ? n : 1 )))
 ifeq ($(filter-out 0,$(GPUS)),)
-export DS_ACCELERATOR := cpu  # DeepSpeed then does not warn, in every process, that it found no GPU
+# said, so that DeepSpeed does not warn in every process that it found no GPU
+export DS_ACCELERATOR := cpu
 LAUNCH := deepspeed --quiet --hostfile hostfile $(LOCAL)
 else
 LAUNCH := deepspeed --quiet --num_gpus $(GPUS)
