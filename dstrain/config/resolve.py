@@ -169,9 +169,10 @@ def resolve_config(
         raise _refusal(problems, facts)
     completion = _Completion(whole_numbers(resolved), origins, problems)
     resolved = completion.config
-    completion.note(fill_auto(resolved, facts))
-    if any(value == "auto" for key, value in leaves(resolved) if key.split(".")[0] in _STRUCTURE):
-        raise _refusal(problems, facts)
+    unfilled, fillings = fill_auto(resolved, facts)
+    if unfilled:
+        raise _refusal(problems + unfilled, facts)
+    completion.note(([], fillings))
     try:
         dims = ParallelDims(
             world_size,

@@ -127,12 +127,10 @@ def test_auto_as_hugging_face_users_know_it():
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "optimizer": {"type": "AdamW", "params": {key: "auto" for key in ("lr", "betas", "eps", "weight_decay")}},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
         "scheduler": {
             "type": "WarmupDecayLR",
-            "params": {
-                key: "auto" for key in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
-            },
+            "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
         },
         "zero_optimization": {
             "stage": 3,
