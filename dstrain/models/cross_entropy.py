@@ -6,8 +6,10 @@ The gradients of hidden states, weight and bias are computed in the forward pass
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -45,32 +47,67 @@ class LogitTransform:
         return (1.0 - (logits / self.cap).square_()).mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The rows of the head's weight that this tensor-parallel rank holds, from `start` on.
+
+    group: its peers. largest: rows of the largest shard, by which all of them cut chunks alike.
+    """
+
+    group: Any
+    start: int
+    largest: int
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """logits [n, shard] -> fp32, over the whole vocabulary (Megatron-LM: vocab_parallel_cross_entropy)."""
+        peak = logits.amax(1, keepdim=True).float()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.group)
+        shifted = logits.float() - peak
+        return shifted.sub_(self.sum_(shifted.exp().sum(1, keepdim=True)).log_())
+
+
 def _block_rows(device: torch.device, columns: int) -> int:
     return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE) // columns)
 
 
-def _replace_by_grad_(raw: Tensor, target: Tensor, transform: LogitTransform, need_grad: bool) -> Tensor:
-    """Sum of the token losses, fp32; raw [n, vocabulary] of any float type becomes d sum / d raw if need_grad."""
+def _replace_by_grad_(
+    raw: Tensor, target: Tensor, transform: LogitTransform, need_grad: bool, shard: VocabularyShard | None = None
+) -> Tensor:
+    """Sum of the token losses, fp32; raw [n, vocabulary] of any float type becomes d sum / d raw if need_grad.
+
+    With a shard, raw has its columns only, and the sum is over the tokens whose target lies in it.
+    """
     total = torch.zeros((), dtype=torch.float32, device=raw.device)
-    rows = _block_rows(raw.device, raw.shape[1])
+    rows = _block_rows(raw.device, raw.shape[1] if shard is None else shard.largest)
     for part, wanted in zip(raw.split(rows), target.split(rows), strict=True):
         if transform.is_identity:
-            slope, log_p = None, torch.log_softmax(part, dim=1, dtype=torch.float32)
+            slope, logits = None, part
         else:
             logits = transform.apply_(part.to(torch.float32, copy=True))
             slope = transform.slope(logits) if need_grad else None
-            log_p = torch.log_softmax(logits, dim=1)
-        total -= log_p.gather(1, wanted[:, None]).sum()
+        if shard is None:
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            row, column = torch.arange(len(wanted), device=raw.device), wanted
+        else:
+            log_p = shard.log_softmax(logits)
+            column = wanted - shard.start
+            row = ((column >= 0) & (column < part.shape[1])).nonzero().squeeze(1)
+            column = column[row]
+        total -= log_p[row, column].sum()
         if need_grad:
             grad = log_p.exp_()
-            grad[torch.arange(len(wanted), device=raw.device), wanted] -= 1.0
+            grad[row, column] -= 1.0
             part.copy_(grad if slope is None else grad.mul_(slope))
     return total
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, compute_dtype, need_grad):
+    def forward(ctx, hidden, weight, bias, target, transform, compute_dtype, need_grad, shard):
         needs_hidden, needs_weight, needs_bias = (need_grad and needs for needs in ctx.needs_input_grad[:3])
         matrix = weight.to(compute_dtype)
         offset = None if bias is None else bias.to(compute_dtype)
@@ -81,17 +118,21 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         block = _block_rows(weight.device, weight.shape[1])
         kept = (target != IGNORE_INDEX).nonzero().squeeze(1)
-        for rows in kept.split(max(CHUNK_TOKENS, CHUNK_ELEMENTS // weight.shape[0])):
+        columns = weight.shape[0] if shard is None else shard.largest
+        for rows in kept.split(max(CHUNK_TOKENS, CHUNK_ELEMENTS // columns)):
             chunk = hidden[rows].to(compute_dtype)
             raw = torch.nn.functional.linear(chunk, matrix, offset)
-            total += _replace_by_grad_(raw, target[rows], transform, need_grad)
+            total += _replace_by_grad_(raw, target[rows], transform, need_grad, shard)
             if needs_hidden:
-                grad_hidden[rows] = (raw @ matrix).to(grad_hidden.dtype)
+                part = raw @ matrix
+                grad_hidden[rows] = (part if shard is None else shard.sum_(part)).to(grad_hidden.dtype)
             if needs_weight:
                 for start in range(0, weight.shape[0], block):
                     grad_weight[start : start + block] += raw[:, start : start + block].t() @ chunk
             if needs_bias:
                 grad_bias += raw.sum(0, dtype=torch.float32)
+        if shard is not None:
+            shard.sum_(total)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -103,7 +144,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         scaled = (None if grad is None else grad.mul_(grad_output) for grad in grads)
         return (
             *(None if grad is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -139,13 +180,19 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, transform: LogitTransform = LogitTransform()
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    transform: LogitTransform = LogitTransform(),
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross entropy of softmax(transform(hidden @ weight.T + bias)).
 
     hidden [..., width], weight [vocabulary, width], bias [vocabulary] or None, target int64 [...] already shifted,
     -100 where no loss is taken (such tokens cost nothing). Returns a fp32 scalar; all masked gives 0. Under autocast
-    the products are in its dtype. Double backward is not supported.
+    the products are in its dtype. With a shard, weight and bias are this rank's rows; the loss and the gradient of hidden
+    are whole on every rank of the group. Double backward is not supported.
     """
     device = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -158,4 +205,5 @@ def linear_cross_entropy(
             transform,
             compute_dtype,
             torch.is_grad_enabled(),
+            shard,
         )

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.errors import UserError
-from dstrain.models.cross_entropy import IGNORE_INDEX, LogitTransform, cross_entropy, linear_cross_entropy
+from dstrain.models.cross_entropy import (
+    IGNORE_INDEX,
+    LogitTransform,
+    VocabularyShard,
+    cross_entropy,
+    linear_cross_entropy,
+)
+from dstrain.models.tensor import vocabulary_shard
 
 
 def logit_transform(config: Any) -> LogitTransform:
@@ -40,12 +47,14 @@ class LossHead:
     """The output embedding of one model, which returns the sum of token losses while it is armed with targets.
 
     model: the bare Hugging Face model. reason: None, or why the model's own logits are used (`check_loss_head`).
+    shard: the part of the vocabulary in the module's weight, where tensor parallelism divides it.
     """
 
     model: nn.Module
     module: nn.Module
     transform: LogitTransform
     reason: str | None = None
+    shard: VocabularyShard | None = None
     _target: Tensor | None = None
     _losses: list[Tensor] = field(default_factory=list)
     _probe: "_Probe | None" = None
@@ -72,13 +81,13 @@ class LossHead:
     def _forward(self, plain: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands in for the output embedding's forward: `plain` unless armed or probed."""
         if self._probe is not None:
-            return self._probe.answer(self.module, plain(hidden, *args, **kwargs), hidden)
+            return self._probe.answer(self.module, plain(hidden, *args, **kwargs), hidden, self.shard)
         if self._target is None:
             return plain(hidden, *args, **kwargs)
         expected, got = tuple(self._target.shape), tuple(hidden.shape[:-1])
         assert got == expected, f"the head got hidden states of {got} for targets of {expected}"
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        loss = linear_cross_entropy(hidden, weight, bias, self._target, self.transform)
+        loss = linear_cross_entropy(hidden, weight, bias, self._target, self.transform, self.shard)
         return loss.reshape(1, 1, 1)  # three dimensions, as logits have, for what the model's forward does next
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -93,9 +102,10 @@ class _Probe:
     problem: str | None = None
     answered: Tensor | None = None
 
-    def answer(self, module: nn.Module, raw: Tensor, hidden: Tensor) -> Tensor:
+    def answer(self, module: nn.Module, raw: Tensor, hidden: Tensor, shard: VocabularyShard | None) -> Tensor:
         product = nn.functional.linear(hidden, module.weight, getattr(module, "bias", None))
-        if product.shape != raw.shape or not _close(product, raw):
+        same = raw if shard is None else raw[..., shard.start : shard.start + product.shape[-1]]
+        if product.shape != same.shape or not _close(product, same):
             self.problem = f"{type(module).__name__} is not a plain linear layer"
         wave = torch.linspace(-50, 50, raw.numel(), dtype=torch.float32, device=raw.device)
         self.answered = wave.reshape(raw.shape).to(raw.dtype)
@@ -113,7 +123,7 @@ def install_fused_loss(model: nn.Module) -> LossHead:
     Before or after `deepspeed.initialize`, but before the first forward. Run `check_loss_head` before training.
     """
     module = model.get_output_embeddings()
-    head = LossHead(model, module, logit_transform(model.config))
+    head = LossHead(model, module, logit_transform(model.config), shard=vocabulary_shard(module))
     if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
         head.reason = "the model names no output embedding with a weight"
         return head
@@ -187,7 +197,8 @@ def _router_loss(head: LossHead, output: Any) -> Tensor | None:
     name = next((n for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(config, n)), None)
     if name is None:
         raise UserError(
-            f"{config.model_type} has no router_aux_loss_coef: its router loss cannot be added, set output_router_logits=false"
+            f"{config.model_type} has no router_aux_loss_coef, so its router loss cannot be added: "
+            "set output_router_logits=false"
         )
     return getattr(config, name) * auxiliary
 

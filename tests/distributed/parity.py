@@ -1,0 +1,176 @@
+"""Whole runs of `dstrain.train.main` in forked ranks, and the comparison of their numbers with one plain rank.
+
+A fork server has torch, deepspeed and transformers imported, so a run of 20 steps of a tiny model costs about two
+seconds and every run still starts in a fresh process.
+
+    single = run(folder, LLAMA, SGD)
+    parallel = run(folder, LLAMA, SGD | {"tensor_parallel": {"autotp_size": 2}}, ranks=2)
+    parallel.assert_equals(single)
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.launch import PORT, environment
+
+STEPS = 20
+SGD = {
+    "train_batch_size": 8,
+    "gradient_clipping": 0.0,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "zero_allow_untested_optimizer": True,
+}
+SGD_CLIPPED = SGD | {"gradient_clipping": 0.5}
+ADAMW = SGD | {
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
+}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+def tensor_parallel(size: int) -> dict[str, Any]:
+    return {"tensor_parallel": {"autotp_size": size}}
+
+
+def sequence_parallel(size: int) -> dict[str, Any]:
+    return {"sequence_parallel_size": size}
+
+
+_SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = {"model_type": "llama", **_SIZES, **_HEADS}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama_tied": LLAMA | {"tie_word_embeddings": True},
+    "llama_one_kv_head": LLAMA | {"num_key_value_heads": 1},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "gemma3": LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "num_hidden_layers": 3,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3_full": LLAMA
+    | {"model_type": "gemma3_text", "head_dim": 32, "layer_types": ["full_attention", "full_attention"]},
+    "gpt_neox": {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"model_type": "gpt_neox"},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "mixtral": LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
+    "qwen3_moe": LLAMA
+    | {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 64, "mlp_only_layers": [], "decoder_sparse_step": 1},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left. stderr: of rank 0."""
+
+    exit_codes: list[int]
+    stderr: str
+    train: list[dict[str, Any]]
+    eval: list[dict[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.train]
+
+    def errors_against(self, other: "Run") -> dict[str, float]:
+        """Largest relative difference of each number over the steps."""
+        assert len(self.train) == len(other.train) > 0
+        names = ("loss", "grad_norm", "tokens", "tokens_processed")
+        errors = {n: max(_relative(a[n], b[n]) for a, b in zip(self.train, other.train, strict=True)) for n in names}
+        errors["eval_loss"] = max(_relative(a["loss"], b["loss"]) for a, b in zip(self.eval, other.eval, strict=True))
+        return errors
+
+    def assert_equals(self, other: "Run", tolerance: float = 1e-5, norm_tolerance: float | None = None) -> None:
+        errors = self.errors_against(other)
+        norm = errors.pop("grad_norm")
+        assert errors["tokens"] == errors["tokens_processed"] == 0, errors
+        assert max(errors.values()) <= tolerance, errors
+        assert norm <= (norm_tolerance or 10 * tolerance), norm
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(b), 1e-12)
+
+
+def run(
+    folder: Path, model: dict[str, Any], config: dict[str, Any], *flags: str, ranks: int = 1, timeout_s: float = 120.0
+) -> Run:
+    """Train in `ranks` processes; `folder` is the run's own, and made new. Fails when a rank does."""
+    result = start(folder, model, config, *flags, ranks=ranks, timeout_s=timeout_s)
+    assert result.exit_codes == [0] * ranks, f"{result.exit_codes}\n{result.stderr[-6000:]}"
+    return result
+
+
+def start(
+    folder: Path, model: dict[str, Any], config: dict[str, Any], *flags: str, ranks: int = 1, timeout_s: float = 120.0
+) -> Run:
+    """As `run`, but a failure is only reported."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").write_text(json.dumps(model))
+    (folder / "ds.json").write_text(json.dumps(config))
+    argv = ["--deepspeed_config", str(folder / "ds.json"), "--config_name", str(folder / "model.json")]
+    argv += ["--output_dir", str(folder / "run"), "--overwrite_output_dir", "--report_to", "none"]
+    argv += ["--max_steps", str(STEPS), "--block_size", "64", "--max_eval_batches", "2", *flags]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.parity_imports"])
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        processes = [
+            context.Process(target=_rank, args=(argv, rank, ranks, str(folder), PORT), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+    try:
+        for process in processes:
+            process.join(timeout_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    metrics = folder / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return Run(
+        [process.exitcode for process in processes],
+        (folder / "rank0.err").read_text(),
+        [line for line in lines if line["kind"] == "train"],
+        [line for line in lines if line["kind"] == "eval"],
+    )
+
+
+def _rank(argv: list[str], rank: int, world_size: int, folder: str, port: int) -> None:
+    """One rank, as a launcher would start it."""
+    for name, fd in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{folder}/rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    from dstrain.train import main
+
+    try:
+        code = main(argv)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
