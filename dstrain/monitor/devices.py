@@ -10,8 +10,9 @@ GIB = 2**30
 
 # Dense peak in TFLOP/s: (bf16, fp16, fp32 without TF32). None: the device has no unit for the type, or computes it no
 # faster than fp32. Patterns are searched in the device's name in this order, the special before the general. Sources:
-# NVIDIA data sheets B200/HGX, H200, H100, GH200, A100, A40, A30, A10, L40S, L40, L4, T4, V100, and the Ada and Ampere
-# GeForce whitepapers (tensor cores, fp32 accumulation); AMD Instinct data sheets MI325X, MI300X, MI250X, MI250, MI210.
+# NVIDIA data sheets B200/HGX, H200, H100, GH200, A100, A40, A30, A10, L40S, L40, L4, T4, V100, RTX A6000, RTX 6000 Ada,
+# and the Blackwell, Ada and Ampere GeForce whitepapers (tensor cores, fp32 accumulation);
+# AMD Instinct data sheets MI325X, MI300X, MI250X, MI250, MI210.
 # Data sheets that give figures "with sparsity" are halved. A MI250X is two devices, each with half of its figures.
 PEAK_TFLOPS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"\bGB200\b|\bGB300\b", 2500.0, 2500.0, 80.0),
@@ -26,7 +27,7 @@ PEAK_TFLOPS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"\bA[18]00\b", 312.0, 312.0, 19.5),
     (r"\bA40\b", 149.7, 149.7, 37.4),
     (r"\bA30\b", 165.0, 165.0, 10.3),
-    (r"\bA10G\b", 70.0, 70.0, 31.2),
+    (r"\bA10G\b", 70.0, 70.0, 35.0),
     (r"\bA10\b", 125.0, 125.0, 31.2),
     (r"\bL40S\b", 362.0, 362.0, 91.6),
     (r"\bL40\b", 181.0, 181.0, 90.5),
@@ -34,6 +35,8 @@ PEAK_TFLOPS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"\bV100\b.*PCIE", None, 112.0, 14.0),
     (r"\bV100\b", None, 125.0, 15.7),
     (r"\bT4\b", None, 65.0, 8.1),
+    (r"RTX A6000\b", 154.8, 154.8, 38.7),
+    (r"RTX 6000 Ada\b", 364.2, 364.2, 91.1),
     (r"RTX 5090\b", 209.5, 209.5, 104.8),
     (r"RTX 4090\b", 165.2, 165.2, 82.6),
     (r"RTX 4080\b", 97.5, 97.5, 48.7),

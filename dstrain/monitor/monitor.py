@@ -78,7 +78,8 @@ class Monitor:
     """Every rank calls it; rank zero writes metrics.jsonl and feeds the display and the trackers.
 
     max_over_ranks: collective maximum of a list of floats, called on all ranks at logging steps and when a run ends by
-    agreement. device: torch.device of this rank, whose peak memory is read.
+    agreement. device: torch.device of this rank, whose peak memory is read. total_steps: the last step, which gets its
+    line at once even inside a window; None leaves that to `close`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Monitor:
         device: Any,
         is_main: bool = True,
         logging_steps: int = 1,
+        total_steps: int | None = None,
         scale: RunScale = RunScale(),
         max_over_ranks: Callable[[list[float]], list[float]] = list,
         progress: NullProgress | None = None,
@@ -96,6 +98,7 @@ class Monitor:
         self._writer = MetricsWriter(run_dir, enabled=is_main)
         self._device = device
         self._logging_steps = logging_steps
+        self._total_steps = total_steps
         self._scale = scale
         self._max_over_ranks = max_over_ranks
         self._progress = progress or NullProgress()
@@ -103,6 +106,7 @@ class Monitor:
         self._window = _Window()
         self._tokens_total = 0
         self._step = 0
+        self._written_step = 0  # of the last train line
         self._lines: list[dict[str, Any]] = []  # of this attempt, for the medians and the curve
         self._eval_lines: list[dict[str, Any]] = []
         self._closed = False
@@ -126,6 +130,11 @@ class Monitor:
         self._progress.advance(step)
         if step % self._logging_steps == 0:
             self._write_window(collective=True)
+            self._tokens_total += window.tokens_processed
+            self._window = _Window()
+        elif step == self._total_steps:
+            # The window stays open in `state_dict`: a run that goes on from here with more steps completes it.
+            self._write_window(collective=True)
 
     def _write_window(self, collective: bool) -> None:
         window = self._window
@@ -134,20 +143,19 @@ class Monitor:
         device_gib, host_gib = self._max_over_ranks(memory) if collective else memory
         seconds = window.sums["step_time_s"]
         tokens_per_second = window.tokens_processed / seconds if seconds > 0 else None
-        self._tokens_total += window.tokens_processed
         line = {
             "step": self._step,
             **{name: total / window.steps for name, total in window.sums.items()},
             "grad_norm": None if window.grad_norm is None else window.grad_norm / window.steps,
             "tokens": window.tokens,
             "tokens_processed": window.tokens_processed,
-            "tokens_total": self._tokens_total,
+            "tokens_total": self._tokens_total + window.tokens_processed,
             "tokens_per_second": tokens_per_second,
             **self._scale.rates(tokens_per_second),
             "peak_device_memory_gib": device_gib,
             "host_memory_gib": host_gib,
         }
-        self._window = _Window()
+        self._written_step = self._step
         self._writer.write("train", **line)
         self._lines.append(line)
         self._trackers.write(TRAIN_NAMES, line)
@@ -206,7 +214,7 @@ class Monitor:
             return
         self._closed = True
         agreed = exit_code in AGREED_ENDS
-        if self._window.steps and (agreed or self._window.is_on_host()):
+        if self._window.steps and self._written_step != self._step and (agreed or self._window.is_on_host()):
             self._write_window(collective=agreed)
         self._progress.close()
         self._writer.write(

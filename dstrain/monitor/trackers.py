@@ -32,7 +32,8 @@ class DeepSpeedTrackers(NullTrackers):
 
     DeepSpeed's own events use samples as x, and W&B drops a value whose x is below the last one: so this object takes
     the monitor over by clearing the `enabled` that DeepSpeed's engine asks before it writes
-    (`runtime/engine.py::_write_monitor`, 0.19.8). `write_events` itself does not ask for it.
+    (`runtime/engine.py::_write_monitor`, 0.19.8). `write_events` itself does not ask for it. After a resume the
+    trackers go on from the restored step: TensorBoard and CSV then hold the repeated steps twice, CSV its header too.
     """
 
     def __init__(self, master: Any):

@@ -139,8 +139,9 @@ def test_a_crash_does_not_wait_for_a_dead_device(tmp_path):
     assert [line["kind"] for line in read_metrics(tmp_path)] == ["summary"]
 
 
+@pytest.mark.parametrize("known_end", [False, True])
 @pytest.mark.parametrize("stop_at", [4, 5, 6, 8])
-def test_a_resume_inside_a_window_writes_the_lines_of_the_whole_run(tmp_path, stop_at):
+def test_a_resume_inside_a_window_writes_the_lines_of_the_whole_run(tmp_path, stop_at, known_end):
     def run(monitor, steps):
         for step in steps:
             monitor.on_step(step, Result(torch.tensor(1.0 / step, dtype=torch.float32)), 0.1, 0.0)
@@ -149,7 +150,8 @@ def test_a_resume_inside_a_window_writes_the_lines_of_the_whole_run(tmp_path, st
     run(monitor := build(whole, logging_steps=4), range(1, 11))
     monitor.close(0, "finished")
 
-    run(first := build(parts, logging_steps=4), range(1, stop_at + 1))
+    run(first := build(parts, logging_steps=4, total_steps=stop_at if known_end else None), range(1, stop_at + 1))
+    assert (len(lines_of(parts, "train")) == math.ceil(stop_at / 4)) == (known_end or stop_at % 4 == 0)
     state = first.state_dict()
     first.close(75, "stopped")  # writes a partial line
     second = build(parts, logging_steps=4)
