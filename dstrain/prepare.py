@@ -115,6 +115,7 @@ class Run:
 
     def held_out_loss(self) -> tuple[float, int]:
         """Mean loss and number of label tokens of the held-out text. A collective."""
+        from dstrain.data.tokenization import pad_token_id
         from dstrain.evaluate import held_out_loss
 
         return held_out_loss(
@@ -123,7 +124,7 @@ class Run:
             self.resolved,
             self.launch.rank,
             max_batches=self.args.run.max_eval_batches,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_token_id=pad_token_id(self.tokenizer),
         )
 
     def save(self, state: Any) -> None:
@@ -187,10 +188,10 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, quie
 
     from dstrain import distributed
     from dstrain.checkpoint.manager import CheckpointManager, choose_checkpoint
-    from dstrain.data.tokenization import build_tokenizer
+    from dstrain.data.tokenization import build_tokenizer, num_token_ids
     from dstrain.engine import build_engine
     from dstrain.launch.ops import build_ops, required_builders
-    from dstrain.models.build import load_model_config
+    from dstrain.models.config import check_block_size, check_vocabulary, load_model_config, max_positions
     from dstrain.monitor.logs import screen
     from dstrain.monitor.profiler import build_profiler
     from dstrain.resilience.signals import AgreedStop
@@ -198,7 +199,9 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, quie
     startup.done("imports")
     config = load_model_config(args.model)
     tokenizer = build_tokenizer(_tokenizer_name(args), args.model.trust_remote_code)
-    block_size = args.data.block_size or 256
+    check_vocabulary(config, num_token_ids(tokenizer), _tokenizer_name(args))
+    block_size = args.data.block_size or min(1024, max_positions(config) or 1024)
+    check_block_size(config, block_size)
     resolved = configuration.resolved.with_facts(**_machine_facts(), hidden_size=config.get_text_config().hidden_size)
     startup.done("model_config")
     if launch.is_main_on_host:
@@ -207,10 +210,10 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, quie
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
-    steps_per_epoch = max(1, len(data.train) // resolved.global_batch)
-    total_steps = args.run.max_steps if args.run.max_steps > 0 else math.ceil(args.run.num_train_epochs * steps_per_epoch)
+    samples = args.run.num_train_epochs * len(data.train)
+    total_steps = args.run.max_steps if args.run.max_steps > 0 else math.ceil(samples / resolved.global_batch)
     resolved = resolved.with_total_steps(total_steps)
-    identity = _identity(config, data.sha256, args.run.seed, block_size, resolved.global_batch)
+    identity = _identity(config, data.samples_sha256, args.run.seed, block_size, resolved.global_batch)
     checkpoint = None
     if not args.run.overwrite_output_dir:
         folder.check_identity(identity)
@@ -262,6 +265,7 @@ def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_si
     from dstrain import distributed
     from dstrain.checkpoint.manager import TrainState
     from dstrain.data.loader import build_loader
+    from dstrain.data.tokenization import pad_token_id
     from dstrain.models.flops import flops_per_token, num_parameters
     from dstrain.monitor.devices import find_peak
     from dstrain.monitor.metrics import truncate_to_step
@@ -286,7 +290,7 @@ def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_si
                 "world": {**asdict(parallel), "dp_size": parallel.dp_size},
                 "total_steps": run.total_steps,
                 "num_parameters": num_parameters(model),
-                "data": _data_facts(run.data),
+                "data": {"source": run.data.source, "sha256": run.data.sha256, **run.data.facts},
                 **vars(peak),
                 **environment_facts(),
             }
@@ -318,7 +322,7 @@ def _begin(run: Run, identity: dict[str, Any], checkpoint: Path | None, block_si
         dp_rank=parallel.dp_rank(run.launch.rank),
         dp_size=parallel.dp_size,
         samples_consumed=run.state.samples_consumed,
-        pad_token_id=run.tokenizer.pad_token_id or 0,
+        pad_token_id=pad_token_id(run.tokenizer),
     )
 
 
@@ -341,11 +345,6 @@ def _compute_dtype(resolved: ResolvedConfig) -> Any:
     import torch
 
     return getattr(torch, resolved.autocast_dtype) if resolved.autocast_dtype else _parameter_dtype(resolved)
-
-
-def _data_facts(data: Any) -> dict[str, Any]:
-    """The scalar fields of `TrainingData`."""
-    return {name: value for name, value in vars(data).items() if isinstance(value, str | int | float)}
 
 
 def _tokenizer_name(args: Arguments) -> str:

@@ -1,0 +1,99 @@
+"""The plain run that every other must equal: one process, the model's own logits, a torch optimizer, no DeepSpeed.
+
+`PlainEngine` has the same seam as the engines (`dstrain/engine.py`), so it can stand in their place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstrain.config import ResolvedConfig
+from dstrain.engine import Batch, StepResult, count_tokens, parameter_groups
+from dstrain.errors import UserError
+
+TORCH_OPTIMIZERS = {"adamw": "AdamW", "adam": "AdamW", "sgd": "SGD", "adagrad": "Adagrad"}
+
+
+class PlainEngine:
+    """Trains `model` (fp32 or bf16 parameters with fp32 masters) over the whole global batch in this process."""
+
+    def __init__(self, model: nn.Module, resolved: ResolvedConfig):
+        self.model, self.resolved = model, resolved
+        self.masters = [p.detach().float().clone() for p in model.parameters()]
+        self.optimizer = _build_optimizer(model, self.masters, resolved)
+        self.scheduler = _build_scheduler(self.optimizer, resolved)
+
+    def train_batch(self, batches: Sequence[Batch]) -> StepResult:
+        """One step over micro-batches that together are the global batch."""
+        self.model.train()
+        tokens, processed = torch.stack([count_tokens(batch) for batch in batches]).sum(0)
+        gradients = [torch.zeros_like(master) for master in self.masters]
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            loss = self._loss(batch)
+            (loss / tokens.clamp(min=1)).backward()
+            loss_sum += loss.detach()
+            for total, p in zip(gradients, self.model.parameters(), strict=True):
+                if p.grad is not None:
+                    total += p.grad.float()
+                    p.grad = None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if self.resolved.gradient_clipping:
+            factor = self.resolved.gradient_clipping / (norm + 1e-6)
+            gradients = [g * factor.clamp(max=1.0) for g in gradients]
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(self.model.parameters(), self.masters, strict=True):
+                p.copy_(master)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return StepResult(loss_sum / tokens.clamp(min=1), norm, learning_rate, tokens, processed)
+
+    @torch.no_grad()
+    def eval_batch(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.model.eval()
+        loss_sum = sum(self._loss(batch).double() for batch in batches)
+        return loss_sum, torch.stack([count_tokens(batch)[0] for batch in batches]).sum()
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Sum of token losses, from the model's own logits in fp32."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        output = self.model(**inputs, use_cache=False)
+        logits = output.logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        if getattr(output, "aux_loss", None) is not None and getattr(self.model.config, "output_router_logits", False):
+            loss = loss + self.model.router_aux_loss_coef * output.aux_loss * count_tokens(batch)[0]
+        return loss
+
+
+def _build_optimizer(model: nn.Module, masters: list[torch.Tensor], resolved: ResolvedConfig) -> torch.optim.Optimizer:
+    """The torch optimizer of the same name over the fp32 masters, with the engine's weight decay groups."""
+    kind = TORCH_OPTIMIZERS.get(resolved.optimizer_type.lower())
+    if kind is None:
+        raise UserError(
+            f"optimizer.type {resolved.optimizer_type} has no counterpart in torch to compare with: "
+            f"use one of {', '.join(TORCH_OPTIMIZERS)}"
+        )
+    params = dict(resolved.deepspeed["optimizer"].get("params", {}))
+    for name in ("torch_adam", "adam_w_mode", "fused"):
+        params.pop(name, None)
+    weight_decay = params.pop("weight_decay", 0.0)
+    of = dict(zip(model.parameters(), masters, strict=True))
+    groups = [
+        {**group, "params": [of[p] for p in group["params"]]} for group in parameter_groups(model, weight_decay)
+    ]
+    return getattr(torch.optim, kind)(groups, **params)
+
+
+def _build_scheduler(optimizer: torch.optim.Optimizer, resolved: ResolvedConfig) -> Any:
+    """DeepSpeed's own schedule: a function of the step alone."""
+    from deepspeed.runtime import lr_schedules
+
+    if resolved.scheduler_type is None:
+        return None
+    return getattr(lr_schedules, resolved.scheduler_type)(optimizer, **resolved.deepspeed["scheduler"].get("params", {}))
