@@ -23,6 +23,12 @@ def read_effective(engine: Any) -> dict[str, Any]:
         "zero_optimization.offload_optimizer.device": _device(engine.zero_offload_optimizer()),
         "zero_optimization.offload_param.device": _device(engine.zero_offload_param()),
     }
+    # What the optimizer does, not only what the engine was told.
+    if hasattr(engine.optimizer, "clip_grad"):
+        values["gradient_clipping"] = engine.optimizer.clip_grad
+    if engine.scheduler_name() != "OneCycle":  # which moves the betas
+        group = engine.basic_optimizer.param_groups[0]
+        values |= {f"optimizer.params.{key}": group[key] for key in ("betas", "eps", "momentum") if key in group}
     if engine.optimizer_name():
         values["optimizer.type"] = engine.optimizer_name()
     if engine.scheduler_name():
@@ -62,6 +68,8 @@ def compare(asked: dict[str, Any], effective: dict[str, Any]) -> list[str]:
 def _same(wanted: Any, got: Any) -> bool:
     if isinstance(wanted, str) and isinstance(got, str):
         return wanted.lower() == got.lower()
+    if isinstance(wanted, list) and isinstance(got, list | tuple):
+        return len(wanted) == len(got) and all(map(_same, wanted, got))
     if isinstance(wanted, float) and isinstance(got, int | float):
         return math.isclose(wanted, got)
     return wanted == got
