@@ -15,6 +15,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from dstrain.config import ResolvedConfig, read_effective
+from dstrain.data.loader import num_tokens
 from dstrain.errors import UserError
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 from dstrain.models.tensor import gradient_norm
@@ -147,10 +148,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def count_tokens(batch: Batch) -> torch.Tensor:
     """[label tokens, input tokens without padding] of a micro-batch, float64 [2]."""
     labels = (batch["labels"][:, 1:] != -100).sum()
-    processed = (
-        batch["attention_mask"].sum() if "attention_mask" in batch else labels.new_tensor(batch["input_ids"].numel())
-    )
-    return torch.stack([labels, processed]).double()
+    return torch.stack([labels, num_tokens(batch)]).double()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
