@@ -16,16 +16,20 @@ from dstrain.models.units import Unit
 __all__ = ["build_model", "check_block_size", "check_vocabulary", "load_model_config"]
 
 
+def _from_config(
+    margs: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=margs.trust_remote_code, **options)
+
+
 def build_skeleton(margs: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model, its parameters on the meta device and its buffers (rotary tables, masks) real. Raises UserError."""
     from accelerate import init_empty_weights
 
-    options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=margs.trust_remote_code, **options
-            )
+            model = _from_config(margs, config, dtype)
     except CONFIG_ERRORS as error:
         if margs.attn_implementation and ("attn" in str(error) or isinstance(error, ImportError)):
             raise UserError(
@@ -85,7 +89,7 @@ def build_model(
         _take_generation_config(model, margs.model_name_or_path)
     else:
         model = build_skeleton(margs, config, torch.float32)
-        initialise(model, seed, dtype, partition)
+        initialise(model, seed, dtype, partition, lambda: _from_config(margs, config))
     model.config.dtype = dtype
     if margs.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

@@ -1,20 +1,85 @@
-"""Parameters and model FLOPs, by the convention of PaLM (appendix B) and nanoGPT's estimate_mfu."""
+"""Parameters, and the FLOPs that training on one token takes by the model's own arithmetic.
+
+The convention of PaLM (https://arxiv.org/abs/2204.02311, appendix B) and nanoGPT's `estimate_mfu`: 6 N + 12 L H Q S for
+forward and backward, without a discount for the causal mask, and without recomputation.
+
+N: parameters without embeddings that are only looked up (input and position embeddings); a tied embedding counts once,
+as the head. Of routed experts those count that a token visits. L: layers with attention, H: heads, Q: width of a head
+(where queries and values differ, as in latent attention, their mean), S: sequence length, or the window where it is
+shorter. Layers without attention (state space, convolution) add nothing beyond 6 N.
+"""
+
+from typing import Any
 
 from torch import nn
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_VISITED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_WINDOWED = ("sliding_attention", "chunked_attention")
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters, each tied one once; whole sizes also where ZeRO-3 has partitioned them."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return sum(_size(p) for p in model.parameters())
+
+
+def _first(config: Any, names: tuple[str, ...]) -> Any:
+    """The first of these settings that a configuration (or its block for the feed-forward part) has."""
+    configs = (config, getattr(config, "ffn_config", None))
+    values = (getattr(c, name, None) for c in configs for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def active_parameters(model: nn.Module) -> float:
+    """N of the formula above."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    kept = id(head.weight) if head is not None else None
+    looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters() if id(p) != kept}
+    experts, visited = _first(config, _EXPERTS), _first(config, _VISITED)
+    share = min(1.0, visited / experts) if experts and visited else 1.0
+    routed = {
+        id(p)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
+        if "shared" not in name
+        for p in module.parameters()
+    }
+    sizes = {id(p): _size(p) for p in model.parameters() if id(p) not in looked_up}
+    return sum(size * (share if key in routed else 1.0) for key, size in sizes.items())
+
+
+def _contexts(config: Any, seq_len: int) -> list[int]:
+    """Tokens that each layer with attention looks at."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    types = (
+        getattr(config, "layer_types", None)
+        or getattr(config, "layers_block_type", None)
+        or ["full_attention"] * layers
+    )
+    window = getattr(config, "sliding_window", None) or seq_len
+    return [
+        min(seq_len, window) if kind in _WINDOWED else seq_len
+        for kind in types
+        if kind in _WINDOWED or kind in ("full_attention", "attention", "hybrid")
+    ]
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """Training FLOPs (forward and backward, recomputation not counted) per processed token: 6 N + 12 L H Q S."""
+    """Training FLOPs (forward and backward) per processed token, in sequences of seq_len tokens."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    flops = 6.0 * active_parameters(model)
+    if not isinstance(heads, int) or heads < 1:
+        return flops
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    n = num_parameters(model)
-    if not config.tie_word_embeddings:
-        embedding = model.get_input_embeddings().weight
-        n -= getattr(embedding, "ds_numel", embedding.numel())
-    return 6.0 * n + 12.0 * config.num_hidden_layers * heads * width * seq_len
+    queries = (getattr(config, "qk_nope_head_dim", None) or 0) + (
+        getattr(config, "qk_rope_head_dim", None) or 0
+    ) or width
+    values = getattr(config, "v_head_dim", None) or width
+    return flops + 6.0 * heads * (queries + values) * sum(_contexts(config, seq_len))

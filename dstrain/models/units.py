@@ -73,16 +73,23 @@ class Places:
                     self._of.setdefault(id(parameter), []).append((module, name))
                     self.first_name[join(full_name, name)] = first.setdefault(id(parameter), join(full_name, name))
 
-    def replace(self, old: nn.Parameter, new: torch.Tensor) -> None:
+    def replace(self, old: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
         """Put `new` wherever `old` is used."""
         parameter = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
         parameter.__dict__.update(old.__dict__)
         for owner, name in self._of.pop(id(old)):
             owner._parameters[name] = parameter
+        return parameter
 
-    def allocate(self, unit: Unit, dtype: torch.dtype | None = None) -> None:
-        """Replace each meta parameter of the unit by an empty one on the CPU, floating ones in `dtype` (or as is)."""
-        for _, _, parameter in list(unit.parameters()):
-            if parameter.is_meta:
-                wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
-                self.replace(parameter, torch.empty(parameter.shape, dtype=wanted))
+    def allocate(self, unit: Unit, dtype: torch.dtype | None = None) -> dict[str, nn.Parameter]:
+        """Replace each meta parameter of the unit by an empty one on the CPU, floating ones in `dtype` (or as is).
+
+        Returns the new ones by full name.
+        """
+        fresh = {}
+        for full_name, module in unit.modules:
+            for name, old in list(module._parameters.items()):
+                if old is not None and old.is_meta:
+                    wanted = dtype if dtype is not None and old.is_floating_point() else old.dtype
+                    fresh[join(full_name, name)] = self.replace(old, torch.empty(old.shape, dtype=wanted))
+        return fresh
