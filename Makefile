@@ -50,6 +50,7 @@ train: $(STAMP)
 	@python -m dstrain.launch.ops --deepspeed_config $(CONFIG)
 	OMP_NUM_THREADS=$(THREADS) $(LAUNCH) dstrain/train.py \
 	  --deepspeed_config $(CONFIG) --config_name examples/llama_10m.json --block_size 512 \
+	  --set scheduler.params.total_num_steps=auto --set optimizer.params.lr=1e-3 \
 	  --max_steps $(MAX_STEPS) --logging_steps 10 --max_eval_batches 20 --output_dir $(OUTPUT) $(TRAIN_FLAGS)
 
 test: $(STAMP)
