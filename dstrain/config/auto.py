@@ -4,6 +4,7 @@ from typing import Any
 
 from dstrain.config.facts import RunFacts
 from dstrain.config.load import get_value, leaves
+from dstrain.config.schema import Problem
 
 _HF = "derived: Hugging Face's default"
 # TrainingArguments' defaults in transformers 5.23 (a test reads them there).
@@ -27,9 +28,9 @@ _NEEDS_LENGTH = ("WarmupDecayLR", "WarmupCosineLR")
 _OWN_WORD = ("zero_optimization.zenflow.", "expert_parallel.", "data_types.keep_in_fp32_modules")
 
 
-def fill_auto(config: dict[str, Any], facts: RunFacts) -> tuple[list[str], dict[str, tuple[Any, str]]]:
+def fill_auto(config: dict[str, Any], facts: RunFacts) -> tuple[list[Problem], dict[str, tuple[Any, str]]]:
     """(problems, repairs) for every "auto"; a repair is dotted key -> (value, origin), the value None drops the key."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     repairs: dict[str, tuple[Any, str]] = {}
     for key, value in leaves(config):
         if value != "auto" or key.startswith(_OWN_WORD):
@@ -37,7 +38,7 @@ def fill_auto(config: dict[str, Any], facts: RunFacts) -> tuple[list[str], dict[
         if key in _FIXED:
             repairs[key] = _FIXED[key]
         elif key in _REFUSED:
-            problems.append(f'{key} is "auto": {_REFUSED[key]}')
+            problems.append((key, f'{key} is "auto": {_REFUSED[key]}'))
         elif key in (*_BATCH, "scheduler.params.total_num_steps"):
             repairs[key] = (None, "")  # solved, as if it were absent
         elif key == "scheduler.params.warmup_max_lr":
@@ -46,7 +47,7 @@ def fill_auto(config: dict[str, Any], facts: RunFacts) -> tuple[list[str], dict[
         elif key in (widths := _from_width(facts.hidden_size)):
             repairs[key] = widths[key]
         else:
-            problems.append(f'{key} is "auto", which has no meaning there: write a value or leave it out')
+            problems.append((key, f'{key} is "auto", which has no meaning there: write a value or leave it out'))
     length = "scheduler.params.total_num_steps"
     if get_value(config, "scheduler.type") in _NEEDS_LENGTH and get_value(config, length) in (None, "auto"):
         repairs[length] = (facts.total_steps, "derived: the run's length")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.config.batch import Batch
 from dstrain.config.facts import RunFacts
 from dstrain.config.load import get_value
 from dstrain.config.reading import autocast_dtype, class_of, offload_device, precision
@@ -21,17 +20,38 @@ class Repair:
     reason: str
 
 
+class UnknownValueError(Exception):
+    """A rule asked for a value that is wrong already: it cannot answer, and the user is told of the value itself."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One configuration in its world, for the rules to read."""
+    """One configuration in its world, for the rules to read.
+
+    grid is None where a wrong degree leaves it unknown; `unknown` names the dotted keys whose values were wrong.
+    """
 
     config: dict[str, Any]
-    dims: ParallelDims
+    grid: ParallelDims | None
     facts: RunFacts
-    batch: Batch
+    unknown: frozenset[str] = frozenset()
 
     def get(self, key: str, default: Any = None) -> Any:
+        self.require(key)
         return get_value(self.config, key, default)
+
+    def require(self, *keys: str) -> None:
+        """Raises UnknownValueError where one of the keys, or a block around it, was wrong."""
+        for key in keys:
+            parts = key.split(".")
+            if any(".".join(parts[: depth + 1]) in self.unknown for depth in range(len(parts))):
+                raise UnknownValueError(key)
+
+    @property
+    def dims(self) -> ParallelDims:
+        if self.grid is None:
+            raise UnknownValueError("degrees")
+        return self.grid
 
     @property
     def stage(self) -> int:
@@ -39,10 +59,12 @@ class Case:
 
     @property
     def precision(self) -> str:
+        self.require("bf16.enabled", "fp16.enabled")
         return precision(self.config)
 
     @property
     def autocast(self) -> str | None:
+        self.require("torch_autocast.enabled", "torch_autocast.dtype")
         return autocast_dtype(self.config)
 
     @property
@@ -51,10 +73,12 @@ class Case:
 
     @property
     def offload_optimizer(self) -> str | None:
+        self.require("zero_optimization.offload_optimizer.device")
         return offload_device(self.config, "offload_optimizer")
 
     @property
     def offload_param(self) -> str | None:
+        self.require("zero_optimization.offload_param.device")
         return offload_device(self.config, "offload_param")
 
     @property
@@ -64,6 +88,7 @@ class Case:
 
     @property
     def optimizer_class(self) -> OptimizerClass | None:
+        self.require("optimizer.type", "zero_optimization.offload_optimizer.device", "optimizer.params.torch_adam")
         return class_of(self.config)
 
     @property

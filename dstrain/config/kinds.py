@@ -68,11 +68,17 @@ def block(**keys: Key) -> Key:
     return Key("block", keys=keys)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean x?)" or nothing."""
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known word that `name` probably stands for."""
     folded = {word.lower(): word for word in known}
     close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
-    return f" (did you mean {folded[close[0]]!r}?)" if close else ""
+    return folded[close[0]] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The closest known word as a question in brackets, or nothing."""
+    word = closest(name, known)
+    return f" (did you mean {word!r}?)" if word else ""
 
 
 _EXPECTED = {"bool": "true or false", "int": "a whole number", "number": "a number", "text": "a text in quotes"}

@@ -7,12 +7,12 @@ from typing import Any
 
 from dstrain.config import batch as batching
 from dstrain.config.auto import fill_auto
-from dstrain.config.case import Case
+from dstrain.config.case import Case, UnknownValueError
 from dstrain.config.facts import NO_FACTS, RunFacts
 from dstrain.config.load import apply_overrides, get_value, leaves, parse_override, remove_value, set_value
 from dstrain.config.reading import autocast_dtype, class_of, offload_device, precision
 from dstrain.config.rules import check_rules
-from dstrain.config.schema import check_schema, whole_numbers
+from dstrain.config.schema import check_schema, meant, whole_numbers
 from dstrain.errors import UserError
 from dstrain.parallel import ParallelDims
 
@@ -122,24 +122,6 @@ class _Request:
         )
 
 
-# A wrong value of one of these makes every rule about combinations guess: then only the schema's problems are told.
-_STRUCTURE = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "data_types",
-    "optimizer",
-    "scheduler",
-    "tensor_parallel",
-    "pipeline",
-    "sequence_parallel_size",
-)
-
-
 def resolve_config(
     config: dict[str, Any],
     *,
@@ -162,41 +144,55 @@ def resolve_config(
     }
 
     wrong = check_schema(resolved)
-    problems = [problem for _, problem in wrong]
     for key, _ in wrong:
         remove_value(resolved, key)
-    if any(key.split(".")[0] in _STRUCTURE for key, _ in wrong):
-        raise _refusal(problems, facts)
-    completion = _Completion(whole_numbers(resolved), origins, problems)
-    resolved = completion.config
     unfilled, fillings = fill_auto(resolved, facts)
-    if unfilled:
-        raise _refusal(problems + unfilled, facts)
+    for key, _ in unfilled:
+        remove_value(resolved, key)
+    problems = [message for _, message in (*wrong, *unfilled)]
+    unknown = frozenset().union(*(meant(key) for key, _ in (*wrong, *unfilled)))
+
+    completion = _Completion(whole_numbers(resolved), origins, problems)
     completion.note(([], fillings))
-    try:
-        dims = ParallelDims(
-            world_size,
-            tp_size=get_value(resolved, "tensor_parallel.autotp_size") or 1,
-            pp_size=get_value(resolved, "pipeline.stages") or 1,
-            sp_size=get_value(resolved, "sequence_parallel_size") or 1,
-        )
-        batch = batching.solve_batch(
-            *(resolved.get(key) for key in (batching.GLOBAL, batching.MICRO, batching.ACCUMULATION)),
-            dp_size=dims.dp_size,
-            stored_global_batch=stored_global_batch,
-            max_micro_batch=facts.max_micro_batch,
-        )
-    except UserError as error:
-        raise _refusal(problems + error.problems, facts) from None
-    completion.fill_defaults(batch, dims)
-    completion.note(check_rules(Case(resolved, dims, facts, batch)))
+    resolved = completion.config
+    dims, batch = _world(resolved, world_size, unknown, problems, stored_global_batch, facts.max_micro_batch)
+    if dims and batch:
+        completion.fill_batch(batch, dims)
+    completion.fill_defaults()
+    completion.note(check_rules(Case(resolved, dims, facts, unknown)))
     if problems:
-        raise _refusal(problems, facts)
+        raise UserError(f"{facts.source}: {problem}" for problem in problems)
+    assert dims is not None and batch is not None, "no problem, and yet no batch"
     return ResolvedConfig(resolved, origins, dims, batch, facts, request)
 
 
-def _refusal(problems: list[str], facts: RunFacts) -> UserError:
-    return UserError(f"{facts.source}: {problem}" for problem in problems)
+_DEGREES = ("tensor_parallel.autotp_size", "pipeline.stages", "sequence_parallel_size")
+_BATCH = (batching.GLOBAL, batching.MICRO, batching.ACCUMULATION)
+
+
+def _world(
+    config: dict[str, Any],
+    world_size: int,
+    unknown: frozenset[str],
+    problems: list[str],
+    stored_global_batch: int | None,
+    max_micro_batch: int | None,
+) -> tuple[ParallelDims | None, batching.Batch | None]:
+    """The rank grid and the batch, or None for what wrong values leave unknown; adds to `problems`."""
+    known = Case(config, None, NO_FACTS, unknown)
+    try:
+        tp_size, pp_size, sp_size = (known.get(key) or 1 for key in _DEGREES)
+        dims = ParallelDims(world_size, tp_size=tp_size, pp_size=pp_size, sp_size=sp_size)
+    except (UserError, UnknownValueError) as error:
+        problems += getattr(error, "problems", [])
+        return None, None
+    try:
+        given = [known.get(key) for key in _BATCH]
+        options = {"stored_global_batch": stored_global_batch, "max_micro_batch": max_micro_batch}
+        return dims, batching.solve_batch(*given, dp_size=dims.dp_size, **options)
+    except (UserError, UnknownValueError) as error:
+        problems += getattr(error, "problems", [])
+        return dims, None
 
 
 @dataclass
@@ -222,22 +218,18 @@ class _Completion:
             else:
                 self.set(key, value, reason)
 
-    def fill_defaults(self, batch: batching.Batch, dims: ParallelDims) -> None:
-        """Make explicit what dstrain relies on."""
-        # DeepSpeed divides the batch by all ranks that its mpu does not take away; AutoTP has no mpu at that time.
+    def fill_batch(self, batch: batching.Batch, dims: ParallelDims) -> None:
+        """All three numbers, as DeepSpeed counts them: it has no mpu yet that would take AutoTP's ranks away."""
         counted = batch.global_batch * dims.tp_size
-        values = dict(
-            zip(
-                (batching.GLOBAL, batching.MICRO, batching.ACCUMULATION),
-                (counted, batch.micro_batch, batch.gradient_accumulation_steps),
-                strict=True,
-            )
-        )
+        values = dict(zip(_BATCH, (counted, batch.micro_batch, batch.gradient_accumulation_steps), strict=True))
         for key, value in values.items():
             origin = batch.origins.get(key, self.origins.get(key, "user"))
             if key == batching.GLOBAL and dims.tp_size > 1:
                 origin = f"derived: {batch.global_batch} x {dims.tp_size}, since AutoTP counts its ranks as data ranks"
             self.set(key, value, origin)
+
+    def fill_defaults(self) -> None:
+        """Make explicit what dstrain relies on."""
         defaults: list[tuple[str, Any, str]] = [
             ("zero_optimization.stage", 0, "default"),
             ("gradient_clipping", 1.0, "default"),

@@ -8,7 +8,7 @@ with each refused combination and which test shows it.
 from typing import Any
 
 from dstrain.config import rules_parallel, rules_precision, rules_run, rules_zero
-from dstrain.config.case import Case, Repair, Rule
+from dstrain.config.case import Case, Repair, Rule, UnknownValueError
 
 RULES: tuple[Rule, ...] = (*rules_zero.RULES, *rules_precision.RULES, *rules_parallel.RULES, *rules_run.RULES)
 
@@ -18,9 +18,16 @@ def check_rules(case: Case) -> tuple[list[str], dict[str, tuple[Any, str]]]:
     problems: list[str] = []
     repairs: dict[str, tuple[Any, str]] = {}
     for rule in RULES:
-        for outcome in rule(case):
+        for outcome in _answers(rule, case):
             if isinstance(outcome, Repair):
                 repairs[outcome.key] = (outcome.value, outcome.reason)
             else:
                 problems.append(outcome)
     return problems, repairs
+
+
+def _answers(rule: Rule, case: Case) -> list[str | Repair]:
+    try:
+        return list(rule(case))
+    except UnknownValueError:
+        return []

@@ -45,7 +45,8 @@ def key_of_another_stage(case: Case) -> Iterator[str]:
         if key == "stage" or (value == _default(key) and not isinstance(value, dict)):
             continue
         stages = (3,) if key in _STAGE_3 else (1, 2) if key in _STAGES_1_2 else (1, 2, 3)
-        if case.stage not in stages and key != "offload_optimizer":
+        off = isinstance(value, dict) and value.get("device") == "none"
+        if case.stage not in stages and key != "offload_optimizer" and not off:
             words = {(3,): "stage 3", (1, 2): "stages 1 and 2", (1, 2, 3): "stages 1, 2 and 3"}[stages]
             yield (
                 f"zero_optimization.{key} is read at {words} only and ignored at stage {case.stage}: "

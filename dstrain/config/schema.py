@@ -5,7 +5,7 @@ DeepSpeed ignores unknown keys at the top and inside several blocks; here a key 
 
 from typing import Any
 
-from dstrain.config.kinds import Key, did_you_mean, wrong_value
+from dstrain.config.kinds import Key, closest, did_you_mean, wrong_value
 from dstrain.config.load import describe
 from dstrain.config.reading import class_of
 from dstrain.config.removed import REMOVED
@@ -21,6 +21,22 @@ from dstrain.config.schema_types import (
 )
 
 Problem = tuple[str, str]  # dotted key, what is wrong and what to write
+
+
+def meant(problem_key: str) -> set[str]:
+    """The dotted keys whose values a wrong key leaves unknown: itself, and what it was probably meant to be."""
+    keys = {problem_key}
+    if problem_key in REMOVED and REMOVED[problem_key].successor:
+        keys.add(str(REMOVED[problem_key].successor))
+    *blocks, name = problem_key.split(".")
+    siblings = TOP
+    for place in blocks:
+        siblings = siblings[place].keys if place in siblings else {}
+    if name not in siblings:
+        keys.update(_places(name))
+        if word := closest(name, siblings):
+            keys.add(".".join([*blocks, word]))
+    return keys
 
 
 def check_schema(config: dict[str, Any]) -> list[Problem]:

@@ -66,7 +66,7 @@ def test_all_problems_are_one_line_each_and_exit_2(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all(line.startswith(f"dstrain: error: {path}: ") for line in lines)
     assert "did you mean 'train_batch_size'?" in lines[0]
 

@@ -207,6 +207,31 @@ def test_all_problems_at_once():
     assert all(problem.startswith("my.json: ") for problem in refusal.value.problems)
 
 
+def test_wrong_values_do_not_hide_contradictions_nor_invent_them():
+    config = {
+        "train_batch_size": "8",
+        "optimizer": {"type": "AdamW", "params": {"lr": -1, "adam_w_mode": False}},
+        "zero_optimization": {"stge": 3, "offload_param": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": True},
+        "tensor_parallel": {"autotp_size": 3},
+    }
+    with pytest.raises(UserError) as refusal:
+        resolve_config(config, world_size=2)
+    told = " ".join(refusal.value.problems)
+    for words in (
+        "stge",
+        "lr is -1",
+        'the text "8"',
+        "both enabled",
+        "adam_w_mode false",
+        "2 processes cannot be split",
+    ):
+        assert words in told
+    # The stage and the batch are unknown, not 0 and missing.
+    assert len(refusal.value.problems) == 6
+
+
 def test_effective_values_are_compared():
     resolved = resolve_config(base(bf16={"enabled": True}, zero_optimization={"stage": 2}), world_size=2)
     right = {
