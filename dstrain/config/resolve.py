@@ -161,9 +161,14 @@ def resolve_config(
     completion.fill_defaults()
     completion.note(check_rules(Case(resolved, dims, facts, unknown)))
     if problems:
-        raise UserError(f"{facts.source}: {problem}" for problem in problems)
+        raise UserError(_one_line(f"{facts.source}: {problem}") for problem in problems)
     assert dims is not None and batch is not None, "no problem, and yet no batch"
     return ResolvedConfig(resolved, origins, dims, batch, facts, request)
+
+
+def _one_line(text: str) -> str:
+    """Keys and values are the user's: a line break in one must not break a message."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 _DEGREES = ("tensor_parallel.autotp_size", "pipeline.stages", "sequence_parallel_size")
