@@ -4,7 +4,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dstrain.arguments import ModelArguments
-from dstrain.models.build import _build_on_meta
+from dstrain.errors import UserError
+from dstrain.models.build import build_skeleton
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
 from dstrain.models.pipeline_module import PipeStage
@@ -26,15 +27,17 @@ def build_stage(
     The weights are those that `build_model` gives, from scratch by (seed, name) or pretrained; nothing else is
     allocated or read. Raises UserError, before anything is built, for a model that is no chain of layers.
     """
-    model = _build_on_meta(margs, config)
+    model = build_skeleton(margs, config, torch.float32)
     plan = plan_pipeline(model, num_stages)
     if margs.model_name_or_path:
         model = _load_own(type(model), margs, plan, index, dtype)
-    stage = PipeStage(model, plan, index, whole=_build_on_meta(margs, config))
+    stage = PipeStage(model, plan, index, whole=build_skeleton(margs, config, dtype))
     if not margs.model_name_or_path:
-        initialise(model, seed, dtype, lambda unit: None)
+        initialise(model, seed, dtype, None)
     model.config.dtype = dtype
     if margs.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stage.train()
     return stage.to(device)
@@ -54,7 +57,10 @@ def _load_own(
             self.all_tied_weights_keys = {target: source for target, source in tied if {target, source} <= own}
 
     options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
-    model = Pruned.from_pretrained(margs.model_name_or_path, dtype=dtype, **options)
+    name = margs.model_name_or_path
+    model, info = Pruned.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(set(info["missing_keys"]) & plan.needs[index]):
+        raise UserError(f"{name} lacks weights of the model: {', '.join(missing[:8])}: name a folder that has them all")
     model.__class__ = model_class
     return model
 
