@@ -1,8 +1,8 @@
 """Tiny runs through the real trainer, for the tests of checkpoints: one model, one text, any DeepSpeed JSON.
 
-    start(folder, config("zero2"), ranks=2)            # trains 6 steps, saves after 3 and 6
-    interrupt(folder)                                  # as if it had died after step 3
-    resume(folder, config("zero3"), ranks=1)           # goes on under another layout
+start(folder, config("zero2"), ranks=2)            # trains 6 steps, saves after 3 and 6
+interrupt(folder)                                  # as if it had died after step 3
+resume(folder, config("zero3"), ranks=1)           # goes on under another layout
 """
 
 import json
@@ -57,7 +57,7 @@ def flags(folder: Path, values: dict[str, Any], model: dict[str, Any]) -> list[s
     inputs.mkdir(parents=True, exist_ok=True)
     (inputs / "ds.json").write_text(json.dumps(values))
     (inputs / "model.json").write_text(json.dumps({**MODEL, **model}))
-    words = "the a cat dog sat on mat and ran far away from old red house with blue door".split()
+    words = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "far", "away", "from", "old", "red", "house"]
     draw = random.Random(1)
     text = "\n".join(" ".join(draw.choice(words) for _ in range(30)) for _ in range(200))
     (inputs / "text.txt").write_text(text)
@@ -71,7 +71,12 @@ def flags(folder: Path, values: dict[str, Any], model: dict[str, Any]) -> list[s
 
 
 def start(
-    folder: Path, values: dict[str, Any], ranks: int = 1, *more: str, model: dict[str, Any] | None = None, **options: Any
+    folder: Path,
+    values: dict[str, Any],
+    ranks: int = 1,
+    *more: str,
+    model: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Result:
     """Train from the beginning, or go on: the same command does both."""
     launcher = "python" if ranks == 1 else "torchrun"

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from dstrain.errors import UserError
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -43,6 +45,22 @@ class Cut:
             offset += end - begin
 
 
-def find_cut(parameter: Any) -> Cut | None:
-    """How tensor parallelism cut this parameter; None where it did not."""
-    return None
+def find_cut(name: str, parameter: Any, tp_rank: int) -> Cut | None:
+    """How DeepSpeed's AutoTP cut this parameter for rank `tp_rank`; None where every rank holds all of it.
+
+    Read from what AutoTP leaves on each parameter for its own conversion (module_inject/layers.py of 0.19). Raises
+    UserError for a layout that it does not describe.
+    """
+    meta = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)
+    if meta is None or meta["replicated"]:
+        return None
+    shape, dim = meta["logical_shape"] or meta["original_shape"], meta["partition_dim"]
+    blocks = meta["sub_param_shard_widths"] or ([meta["partition_sizes"]] if meta["partition_sizes"] else [])
+    if meta["unsupported_reason"] or not shape or dim is None or not blocks:
+        raise UserError(f"tensor parallelism cuts {name} in a way that no checkpoint can describe: use ZeRO instead")
+    ranges, base = [], 0
+    for widths in blocks:
+        begin = base + sum(widths[:tp_rank])
+        ranges.append((begin, begin + widths[tp_rank]))
+        base += sum(widths)
+    return Cut(tuple(shape), dim, tuple(ranges))

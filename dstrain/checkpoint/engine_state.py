@@ -83,8 +83,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _scaler(engine: Any) -> Any:
-    optimizer = engine.optimizer
-    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    return getattr(engine.optimizer, "loss_scaler", None)
 
 
 def capture(engine: Any) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """One safetensors file per rank: flat ranges of named parameters, hashed while they are written.
 
-A key is `kind|name|start|cut`: kind is `weight` (the fp32 master, or a frozen parameter in its own type), `buffer`, or the
-optimizer's own name of a state with one value per weight (`exp_avg`, ...); start is the flat index of the first element in
-the parameter, or in the tensor-parallel cut of it that `cut` names. The file's metadata holds, as JSON, what is not a
-tensor: shapes, step counters, random states.
+A key is `kind|name|start|cut`: kind is `weight` (the fp32 master, or a frozen parameter in its own type), `buffer`, or
+the optimizer's own name of a state with one value per weight (`exp_avg`, ...); start is the flat index of the first
+element in the parameter, or in the tensor-parallel cut of it that `cut` names. The file's metadata holds, as JSON, what
+is not a tensor: shapes, step counters, random states.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """What a rank holds of the trained state, in terms that no layout owns: named parameters and ranges of their elements.
 
-`open_shards` walks the flat fp32 buffers of whichever optimizer DeepSpeed 0.19 built (plain, FP16_Optimizer,
-FP16_UnfusedOptimizer, BF16_Optimizer, ZeRO 1 and 2, ZeRO 3 with or without NVMe) and says of each which elements of which
-parameter lie where. Saving copies them out, loading copies them in; everything else in this package is the same for all
-of them. This is the only file that knows DeepSpeed's optimizers from the inside.
+`open_shards` walks the buffers of whichever optimizer DeepSpeed 0.19 built (plain at ZeRO 0, BF16_Optimizer, ZeRO 1
+and 2, ZeRO 3 with or without NVMe) and says of each which elements of which parameter lie where. Saving copies them
+out, loading copies them in; everything else in this package is the same for all of them. This is the only file that
+knows DeepSpeed's optimizers from the inside.
 """
 
 import re
@@ -16,7 +16,7 @@ from torch import nn
 
 from dstrain.checkpoint.cuts import Cut, find_cut
 
-_PREFIXES = re.compile(r"^(?:_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.")
+_STAGE = re.compile(r"^\d+\.model\.")  # dstrain/models/pipeline_module.py: stage k is layer k, the model is inside it
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Fragment:
 class Shard:
     """One buffer of master weights and the optimizer's state of it.
 
-    weights: float tensor of any shape, fp32 unless DeepSpeed was told otherwise. state: the optimizer's own dict for it;
-    a tensor of the same shape holds one value per weight. replicated: every data-parallel rank holds the same.
+    weights: float tensor of any shape, fp32 unless DeepSpeed was told otherwise. state: the optimizer's own dict for
+    it; a tensor of the same shape holds one value per weight. replicated: every data-parallel rank holds the same.
     """
 
     weights: torch.Tensor
@@ -60,9 +60,9 @@ class Named:
     cuts: dict[str, Cut]  # only of those that tensor parallelism splits
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Named":
+    def of(cls, module: nn.Module, tp_rank: int) -> "Named":
         parameters = {common_name(name): p for name, p in module.named_parameters()}
-        cuts = {name: cut for name, p in parameters.items() if (cut := find_cut(p)) is not None}
+        cuts = {name: cut for name, p in parameters.items() if (cut := find_cut(name, p, tp_rank)) is not None}
         return cls(parameters, cuts)
 
     def names(self) -> dict[int, str]:
@@ -74,8 +74,8 @@ class Named:
 
 
 def common_name(name: str) -> str:
-    """`name` without what torch.compile and wrappers put in front."""
-    return _PREFIXES.sub("", name)
+    """`name` without what torch.compile and a pipeline put around the model's own."""
+    return _STAGE.sub("", name.replace("_orig_mod.", ""))
 
 
 def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -106,35 +106,27 @@ def open_shards(engine: Any, names: dict[int, str], *, changing: bool) -> Iterat
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        yield from _zero3(optimizer, names, changing)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _zero3(optimizer, names, changing)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
         flats = optimizer.single_partition_of_fp32_groups
-        yield from _partitioned(optimizer, flats, optimizer.bit16_groups, names)
-        if changing:
-            optimizer._hp_optimizer_states_linked = False  # the views of new state are made at the next step
-            optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups_flat_partition"):
-        yield from _partitioned(optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, names)
-        if changing:
-            optimizer._hp_optimizer_states_linked = False
-            optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups_flat"):
-        for flat, group in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
-            yield Shard(flat.detach(), optimizer.optimizer.state[flat], _in_a_row(group, names), replicated=True)
-        if changing:
-            _round_into(_pairs_of_flat(optimizer))
-    elif hasattr(optimizer, "fp32_groups"):
-        for masters, group in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
-            for master, parameter in zip(masters, group, strict=True):
-                yield Shard(master.detach(), optimizer.optimizer.state[master], _in_a_row([parameter], names), True)
-        if changing:
-            _round_into(
-                (p, m) for g, ms in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for p, m in zip(g, ms, strict=True)
-            )
-    else:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield Shard(parameter.detach(), optimizer.state[parameter], _in_a_row([parameter], names), True)
+        return _partitioned(optimizer, flats, optimizer.bit16_groups, names, changing)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        flats = optimizer.fp32_groups_flat_partition
+        return _partitioned(optimizer, flats, optimizer.bf16_groups, names, changing)
+    assert not hasattr(optimizer, "fp16_groups"), "16 bits at ZeRO 0 are refused by dstrain/config/rules_precision.py"
+    return _plain(optimizer, names)
+
+
+def _plain(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> Iterator[Shard]:
+    """ZeRO 0: the optimizer updates the model's own parameters."""
+    for group in optimizer.param_groups:
+        states = [optimizer.state[parameter] for parameter in group["params"]]
+        if "step" in group:  # DeepSpeed's fused optimizers count a group's steps in its last parameter only
+            steps = [state["step"] for state in states if "step" in state]
+            for state in states:
+                state.update({"step": max(steps)} if "step" in state else {})
+        for parameter, state in zip(group["params"], states, strict=True):
+            yield Shard(parameter.detach(), state, _in_a_row([parameter], names), replicated=True)
 
 
 def _in_a_row(parameters: list[nn.Parameter], names: dict[int, str]) -> tuple[Fragment, ...]:
@@ -146,7 +138,7 @@ def _in_a_row(parameters: list[nn.Parameter], names: dict[int, str]) -> tuple[Fr
     return tuple(fragments)
 
 
-def _partitioned(optimizer: Any, flats: list, groups: list, names: dict[int, str]) -> Iterator[Shard]:
+def _partitioned(optimizer: Any, flats: list, groups: list, names: dict[int, str], changing: bool) -> Iterator[Shard]:
     """ZeRO 1 and 2, and BF16_Optimizer: a range of the concatenated parameters of each group."""
     for flat, group in zip(flats, groups, strict=True):
         fragments = []
@@ -156,6 +148,9 @@ def _partitioned(optimizer: Any, flats: list, groups: list, names: dict[int, str
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
                 fragments.append(Fragment(names[id(parameter)], low.start, high.start, low.numel))
         yield Shard(flat.detach(), optimizer.optimizer.state[flat], tuple(fragments), replicated=False)
+    if changing:
+        optimizer._hp_optimizer_states_linked = False  # DeepSpeed's views of new state are made at the next step
+        optimizer.update_lp_params()
 
 
 def _zero3(optimizer: Any, names: dict[int, str], changing: bool) -> Iterator[Shard]:
@@ -183,20 +178,6 @@ def _zero3(optimizer: Any, names: dict[int, str], changing: bool) -> Iterator[Sh
             optimizer._release_swap_buffers(i)
     if changing:
         optimizer.checkpoint_event_epilogue()
-
-
-def _pairs_of_flat(optimizer: Any) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-    for flat, group in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
-        offset = 0
-        for parameter in group:
-            yield parameter, flat.detach()[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-
-
-@torch.no_grad()
-def _round_into(pairs: Iterator[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    for parameter, master in pairs:
-        parameter.data.copy_(master)
 
 
 @dataclass(frozen=True)

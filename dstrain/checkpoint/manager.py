@@ -1,36 +1,32 @@
 """Save, find and load checkpoints of a run: `checkpoints/step_00000100` holds the state after 100 steps.
 
-A checkpoint is whole or not there. Every rank writes one file into a temporary folder, with its hash; when all are on the
-disk, rank 0 writes the manifest, renames the folder and points `latest` at it. Training stands still only for the copy to
-host memory: the rest happens in a thread, and no collective runs there. docs/checkpoints.md explains the format.
+A checkpoint is whole or not there. Every rank writes one file into a temporary folder, with its hash; when all are on
+the disk, rank 0 writes the manifest, renames the folder and points `latest` at it. Training stands still only for the
+copy to host memory: the rest happens in a thread, and no collective runs there. docs/checkpoints.md has the format.
 """
 
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dstrain import distributed
 from dstrain.checkpoint import engine_state
-from dstrain.checkpoint.files import Written, hash_file, rank_file, sync_folder, write_bytes, write_safetensors
+from dstrain.checkpoint.commit import Save, SaveStats, gather, not_written
+from dstrain.checkpoint.files import Written, hash_file
 from dstrain.checkpoint.manifest import (
-    checkpoint_step,
     find_problems,
     list_checkpoints,
     list_folders,
     read_manifest,
     write_latest,
-    write_manifest,
 )
 from dstrain.checkpoint.reshape import CheckpointReader
-from dstrain.checkpoint.state import HostMemory, Snapshot, load_snapshot, take_snapshot
+from dstrain.checkpoint.state import HostMemory, load_snapshot, take_snapshot
 from dstrain.errors import UserError
 from dstrain.parallel import Launch
 
@@ -47,16 +43,6 @@ class TrainState:
     def advance(self, samples: int, *, skipped: bool) -> "TrainState":
         """After one global batch. One that the fp16 scaler skipped used its samples but is no step."""
         return TrainState(self.step + (not skipped), self.samples_consumed + samples)
-
-
-@dataclass(frozen=True)
-class SaveStats:
-    """A committed checkpoint: its size, how long training stood still, and how long until it was whole on disk."""
-
-    bytes: int
-    stall_s: float
-    total_s: float
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,74 +73,14 @@ def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     inside = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if inside:
         return inside[-1]
-    raise UserError(f"--resume_from_checkpoint {resume} holds no complete checkpoint: name a step_* folder or a run folder")
+    raise UserError(f"--resume_from_checkpoint {resume} holds no complete checkpoint: name a step_* or a run folder")
 
 
 def _all_damaged(folder: Path, damaged: list[Path]) -> UserError:
     return UserError(
-        f"{folder} holds {len(damaged)} checkpoint(s) and none is whole (`dstrain checkpoint verify {damaged[-1]}` says why): "
-        "add --overwrite_output_dir to begin anew, or name another with --resume_from_checkpoint"
+        f"{folder} holds {len(damaged)} checkpoint(s) and none is whole (`dstrain checkpoint verify {damaged[-1]}` "
+        "says why): add --overwrite_output_dir to begin anew, or name another with --resume_from_checkpoint"
     )
-
-
-@dataclass
-class _Save:
-    """One checkpoint on its way to the disk. `write` may run in a thread: it uses files, never a collective."""
-
-    target: Path
-    temporary: Path
-    snapshot: Snapshot
-    contents: dict[str, Any]
-    rank: int
-    world_size: int
-    retain: Callable[[Path], None]
-    started: float
-    stall_s: float = 0.0
-    written: threading.Event = field(default_factory=threading.Event)
-    abandoned: threading.Event = field(default_factory=threading.Event)
-    problem: str | None = None
-    stats: SaveStats | None = None
-    thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        try:
-            path = self.temporary / rank_file(self.rank)
-            written = write_safetensors(path, self.snapshot.entries, self.snapshot.metadata)
-            done = self.temporary / f"{path.name}.done"
-            write_bytes(done.with_suffix(".part"), json.dumps(asdict(written)).encode())
-            os.replace(done.with_suffix(".part"), done)
-        except OSError as error:
-            self.problem = f"{self.target} could not be written ({error.strerror}); the checkpoints before it are kept"
-        self.written.set()
-        if self.rank == 0 and self.problem is None:
-            try:
-                self._commit()
-            except OSError as error:
-                self.problem = f"{self.target} could not be committed ({error.strerror}); the checkpoints before it are kept"
-
-    def _commit(self) -> None:
-        files = {}
-        for rank in range(self.world_size):
-            name = rank_file(rank)
-            done = self.temporary / f"{name}.done"
-            while not done.exists():
-                if self.abandoned.wait(0.02):
-                    return
-            files[name] = Written(**json.loads(done.read_text()))
-            done.unlink()
-        files.update(self.contents.pop("model_files"))
-        contents = {**self.contents, "files": {name: asdict(file) for name, file in files.items()}}
-        manifest = write_manifest(self.temporary, contents)
-        replaced = self.target.with_name(f".{self.target.name}.old")
-        if self.target.exists():
-            os.replace(self.target, replaced)
-        os.replace(self.temporary, self.target)
-        sync_folder(self.target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        write_latest(self.target)
-        self.retain(self.target)
-        total_s = time.perf_counter() - self.started
-        self.stats = SaveStats(manifest.bytes, self.stall_s, total_s, manifest.step)
 
 
 class CheckpointManager:
@@ -185,7 +111,7 @@ class CheckpointManager:
         self.saved_step: int | None = None
         self.launch = Launch.from_environment()
         self.memory = HostMemory()
-        self._in_flight: _Save | None = None
+        self._in_flight: Save | None = None
         self._finished: list[SaveStats] = []
         self._cleaned = False
 
@@ -195,7 +121,7 @@ class CheckpointManager:
     def save(self, state: TrainState, extra: dict[str, Any]) -> SaveStats | None:
         """Write a checkpoint after `state.step` steps; None when that step is already saved. A collective.
 
-        extra: plain JSON that `load` gives back. In the background, None is returned and `finished` tells of the commit.
+        extra: plain JSON that `load` gives back. In the background it returns None, and `finished` tells of the commit.
         Raises UserError when the disk is full, also when that happened to the save before this one.
         """
         if self.saved_step == state.step:
@@ -213,7 +139,7 @@ class CheckpointManager:
         if not temporary.is_dir():
             problem = f"{self.folder} is not the same folder on every host: use a shared file system for --output_dir"
         self._agree(problem)
-        save = _Save(
+        save = Save(
             target, temporary, snapshot, contents, self.launch.rank, self.launch.world_size, self._retain, started
         )
         self._in_flight = save
@@ -277,14 +203,14 @@ class CheckpointManager:
             needed = num_bytes + num_bytes // 50 + (16 << 20)
             if free < needed:
                 return (
-                    f"{self.folder} has {free / 2**30:.2f} GiB free, the checkpoint needs {needed / 2**30:.2f} GiB: free "
-                    "space or lower --save_total_limit; the checkpoints before it are kept"
+                    f"{self.folder} has {free / 2**30:.2f} GiB free and the checkpoint needs {needed / 2**30:.2f} GiB: "
+                    "free space or lower --save_total_limit; the checkpoints before it are kept"
                 )
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             contents["model_files"] = self._write_model_files(temporary)
         except OSError as error:
-            return f"{self.folder} could not be written ({error.strerror}); the checkpoints before it are kept"
+            return not_written(temporary, error)
         return None
 
     def _write_model_files(self, temporary: Path) -> dict[str, Written]:
@@ -310,7 +236,7 @@ class CheckpointManager:
     def restore(self, resume: str) -> Restored | None:
         """Find what `--resume_from_checkpoint` means, prove it whole, and load it. A collective.
 
-        With `auto` a damaged checkpoint is set aside as `NAME.damaged` and the one before it is taken: the notes say so.
+        With `auto` a damaged checkpoint is set aside as `NAME.damaged` and the one before it taken: the notes say so.
         None: there is nothing to go on from. Raises UserError rather than begin anew beside damaged checkpoints.
         """
         notes: list[str] = []
@@ -377,15 +303,6 @@ class CheckpointManager:
                 shutil.rmtree(old)
 
 
-def gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank. A collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _set_aside(path: Path) -> None:
     target = path.with_name(f"{path.name}.damaged")
     shutil.rmtree(target, ignore_errors=True)
@@ -396,8 +313,8 @@ def _check_optimizer(path: Path, saved: str, engine: Any) -> None:
     own = type(engine_state.inner_optimizer(engine)).__name__
     if engine_state.family(saved) != engine_state.family(own):
         raise UserError(
-            f"{path} holds the state of {saved}, the JSON asks for {own}: name that optimizer, or begin a new run from the "
-            "weights (`dstrain export`, then --model_name_or_path)"
+            f"{path} holds the state of {saved}, the JSON asks for {own}: name that optimizer, or begin a new run from "
+            "the weights (`dstrain export`, then --model_name_or_path)"
         )
 
 
@@ -411,6 +328,3 @@ def layout_of(engine: Any) -> dict[str, Any]:
         "pp_size": int(getattr(engine, "num_stages", 1)),
         "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
     }
-
-
-__all__ = ["CheckpointManager", "Restored", "SaveStats", "TrainState", "checkpoint_step", "choose_checkpoint", "list_checkpoints"]

@@ -69,7 +69,9 @@ def read_manifest(folder: Path) -> Manifest:
     if canonical != raw or hashlib.sha256(_text(contents).encode()).hexdigest() != digest:
         raise damaged
     if contents["format"] != FORMAT:
-        raise UserError(f"{path} has format {contents['format']}, this dstrain reads {FORMAT}: use the version that wrote it")
+        raise UserError(
+            f"{path} has format {contents['format']}, this dstrain reads {FORMAT}: use the one that wrote it"
+        )
     return Manifest(contents, digest)
 
 
@@ -87,8 +89,8 @@ def quick_problems(folder: Path) -> list[str]:
         elif path.stat().st_size != expected.bytes:
             problems.append(f"{path} has {path.stat().st_size} bytes, {expected.bytes} were written")
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    problems += [f"{folder / name} does not belong to the checkpoint" for name in sorted(present - {MANIFEST, *manifest.files})]
-    return problems
+    foreign = sorted(present - {MANIFEST, *manifest.files})
+    return problems + [f"{folder / name} does not belong to the checkpoint" for name in foreign]
 
 
 def find_problems(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
@@ -136,7 +138,7 @@ def write_latest(checkpoint: Path) -> None:
 
 
 def latest_problems(folder: Path) -> list[str]:
-    """What is wrong with `latest` in a folder of checkpoints: it names the newest one and the digest of its manifest."""
+    """What is wrong with `latest` in a folder of checkpoints: it names the newest and the digest of its manifest."""
     found, path = list_checkpoints(folder), folder / LATEST
     if not found:
         return [f"{path} names a checkpoint, but none is complete"] if path.exists() else []

@@ -1,7 +1,7 @@
 """Any layout to any layout: read any range of any parameter out of a checkpoint, whoever wrote its pieces.
 
-A reader opens the files of all ranks lazily and copies only the bytes that are asked for. Where tensor parallelism cut a
-parameter otherwise than the reader wants it, the whole tensor is put together first: one tensor at a time, never more.
+A reader opens the files of all ranks lazily and copies only the bytes that are asked for. Where tensor parallelism cut
+a parameter otherwise than the reader wants it, the whole tensor is put together first: one at a time, never more.
 """
 
 import json
@@ -117,7 +117,7 @@ class CheckpointReader:
 
     def _cuts(self, kind: str, name: str) -> dict[str, list[Piece]]:
         if (kind, name) not in self.pieces:
-            raise UserError(f"{self.folder} holds no {kind} of {name}: it is a checkpoint of another model or optimizer")
+            raise UserError(f"{self.folder} holds no {kind} of {name}: it is of another model or optimizer")
         return self.pieces[kind, name]
 
     def _copy(self, pieces: Sequence[Piece], kind: str, name: str, start: int, out: torch.Tensor) -> None:
@@ -132,7 +132,9 @@ class CheckpointReader:
 
     def _check_complete(self, kind: str, name: str, found: int, wanted: int) -> None:
         if found != wanted:
-            raise UserError(f"{self.folder} holds {found} of {wanted} elements of {kind} of {name}: use another checkpoint")
+            raise UserError(
+                f"{self.folder} has {found} of {wanted} elements of {kind} of {name}: use another checkpoint"
+            )
 
     def _file(self, rank: int) -> Any:
         if rank not in self._open:

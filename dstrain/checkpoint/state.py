@@ -62,7 +62,8 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
 
     Costs one copy; host memory: masters and moments of this rank.
     """
-    named, where = Named.of(engine.module), place(engine)
+    where = place(engine)
+    named = Named.of(engine.module, where.tp_rank)
     names, optimizer = named.names(), inner_optimizer(engine)
     entries: list[Entry] = []
     facts: dict[str, Any] = {"shapes": {}, "scalars": {}, "random": engine_state.random_states()}
@@ -116,7 +117,7 @@ def load_snapshot(engine: Any, reader: CheckpointReader) -> None:
 
     Raises UserError for a checkpoint of another model or optimizer.
     """
-    named = Named.of(engine.module)
+    named = Named.of(engine.module, place(engine).tp_rank)
     problems = list(_problems_with(reader, named))
     if problems:
         raise UserError(problems[:5])

@@ -1,0 +1,103 @@
+"""The two phases of a save: every rank's file in a temporary folder, then one rename that makes it a checkpoint.
+
+The ranks meet on the disk (a `.done` file each), never in a collective: this runs in a thread while training goes on.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dstrain.checkpoint.files import Written, rank_file, sync_folder, write_bytes, write_safetensors
+from dstrain.checkpoint.manifest import write_latest, write_manifest
+from dstrain.checkpoint.state import Snapshot
+
+
+@dataclass(frozen=True)
+class SaveStats:
+    """A committed checkpoint: its size, how long training stood still, and how long until it was whole on disk."""
+
+    bytes: int
+    stall_s: float
+    total_s: float
+    step: int = 0
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way to the disk. `write` may run in a thread: it uses files, never a collective."""
+
+    target: Path
+    temporary: Path
+    snapshot: Snapshot
+    contents: dict[str, Any]
+    rank: int
+    world_size: int
+    retain: Callable[[Path], None]
+    started: float
+    stall_s: float = 0.0
+    written: threading.Event = field(default_factory=threading.Event)
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    problem: str | None = None
+    stats: SaveStats | None = None
+    thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        try:
+            path = self.temporary / rank_file(self.rank)
+            written = write_safetensors(path, self.snapshot.entries, self.snapshot.metadata)
+            done = self.temporary / f"{path.name}.done"
+            write_bytes(done.with_suffix(".part"), json.dumps(asdict(written)).encode())
+            os.replace(done.with_suffix(".part"), done)
+        except OSError as error:
+            self.problem = not_written(self.target, error)
+        self.written.set()
+        if self.rank == 0 and self.problem is None:
+            try:
+                self._commit()
+            except OSError as error:
+                self.problem = not_written(self.target, error)
+
+    def _commit(self) -> None:
+        files = {}
+        for rank in range(self.world_size):
+            name = rank_file(rank)
+            done = self.temporary / f"{name}.done"
+            while not done.exists():
+                if self.abandoned.wait(0.02):
+                    return
+            files[name] = Written(**json.loads(done.read_text()))
+            done.unlink()
+        files.update(self.contents.pop("model_files"))
+        contents = {**self.contents, "files": {name: asdict(file) for name, file in files.items()}}
+        manifest = write_manifest(self.temporary, contents)
+        replaced = self.target.with_name(f".{self.target.name}.old")
+        if self.target.exists():
+            os.replace(self.target, replaced)
+        os.replace(self.temporary, self.target)
+        sync_folder(self.target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_latest(self.target)
+        self.retain(self.target)
+        total_s = time.perf_counter() - self.started
+        self.stats = SaveStats(manifest.bytes, self.stall_s, total_s, manifest.step)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, on every rank. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def not_written(target: Path, error: OSError) -> str:
+    return f"{target} could not be written ({error.strerror or error}); the checkpoints before it are kept"
