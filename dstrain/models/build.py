@@ -11,25 +11,19 @@ from dstrain.errors import UserError
 from dstrain.models.config import CONFIG_ERRORS, check_block_size, check_vocabulary, load_model_config, one_line
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pretrained import find_checkpoint, load
-from dstrain.models.units import Unit
+from dstrain.models.units import Unit, parameters_on_meta
 
 __all__ = ["build_model", "check_block_size", "check_vocabulary", "load_model_config"]
 
 
-def _from_config(
-    margs: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=margs.trust_remote_code, **options)
-
-
 def build_skeleton(margs: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model, its parameters on the meta device and its buffers (rotary tables, masks) real. Raises UserError."""
-    from accelerate import init_empty_weights
-
+    options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
     try:
-        with init_empty_weights(include_buffers=False):
-            model = _from_config(margs, config, dtype)
+        with parameters_on_meta():
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=margs.trust_remote_code, **options
+            )
     except CONFIG_ERRORS as error:
         if margs.attn_implementation and ("attn" in str(error) or isinstance(error, ImportError)):
             raise UserError(
@@ -38,9 +32,6 @@ def build_skeleton(margs: ModelArguments, config: PreTrainedConfig, dtype: torch
             ) from None
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"no {config.model_type} can be built from its configuration ({reason}): mend it") from None
-    # init_empty_weights makes a new parameter at each assignment, also where one is tied.
-    model.tie_weights()
-    return model
 
 
 class _Partitioner:
@@ -89,7 +80,7 @@ def build_model(
         _take_generation_config(model, margs.model_name_or_path)
     else:
         model = build_skeleton(margs, config, torch.float32)
-        initialise(model, seed, dtype, partition, lambda: _from_config(margs, config))
+        initialise(model, seed, dtype, partition)
     model.config.dtype = dtype
     if margs.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

@@ -30,9 +30,16 @@ def num_parameters(model: nn.Module) -> int:
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:
     """The first of these settings that a configuration (or its block for the feed-forward part) has."""
+    config = next(iter(_layer_configs(config)), config)
     configs = (config, getattr(config, "ffn_config", None))
     values = (getattr(c, name, None) for c in configs for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _layer_configs(config: Any) -> list[Any]:
+    """One configuration per layer: the same, or in models whose layers differ (Gemma 4) each its own."""
+    layers = getattr(config, "per_layer_config", None)
+    return list(layers) if layers else [config] * getattr(config, "num_hidden_layers", 0)
 
 
 def active_parameters(model: nn.Module) -> float:
@@ -54,32 +61,23 @@ def active_parameters(model: nn.Module) -> float:
     return sum(size * (share if key in routed else 1.0) for key, size in sizes.items())
 
 
-def _contexts(config: Any, seq_len: int) -> list[int]:
-    """Tokens that each layer with attention looks at."""
-    layers = getattr(config, "num_hidden_layers", 0)
-    types = (
-        getattr(config, "layer_types", None)
-        or getattr(config, "layers_block_type", None)
-        or ["full_attention"] * layers
-    )
-    window = getattr(config, "sliding_window", None) or seq_len
-    return [
-        min(seq_len, window) if kind in _WINDOWED else seq_len
-        for kind in types
-        if kind in _WINDOWED or kind in ("full_attention", "attention", "hybrid")
-    ]
+def _attention_flops(config: Any, seq_len: int, kind: str) -> float:
+    """Forward and backward of one layer's attention, per token."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or kind not in (*_WINDOWED, "full_attention", "attention", "hybrid"):
+        return 0.0
+    window = getattr(config, "sliding_window", None) if kind in _WINDOWED else None
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries = sum(getattr(config, name, None) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")) or width
+    values = getattr(config, "v_head_dim", None) or width
+    return 6.0 * heads * (queries + values) * min(seq_len, window or seq_len)
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> float:
     """Training FLOPs (forward and backward) per processed token, in sequences of seq_len tokens."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    flops = 6.0 * active_parameters(model)
-    if not isinstance(heads, int) or heads < 1:
-        return flops
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    queries = (getattr(config, "qk_nope_head_dim", None) or 0) + (
-        getattr(config, "qk_rope_head_dim", None) or 0
-    ) or width
-    values = getattr(config, "v_head_dim", None) or width
-    return flops + 6.0 * heads * (queries + values) * sum(_contexts(config, seq_len))
+    layers = _layer_configs(config)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    kinds = kinds or ["full_attention"] * len(layers)
+    attention = sum(_attention_flops(layer, seq_len, kind) for layer, kind in zip(layers, kinds, strict=False))
+    return 6.0 * active_parameters(model) + attention

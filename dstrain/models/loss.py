@@ -24,6 +24,9 @@ from dstrain.models.cross_entropy import (
 )
 from dstrain.models.tensor import vocabulary_shard
 
+# Gemma, RecurrentGemma, xLSTM
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 def logit_transform(config: Any) -> LogitTransform:
     """What the model of this configuration does to its head's product (Cohere, Granite, Gemma 2 and their kin)."""
@@ -31,7 +34,8 @@ def logit_transform(config: Any) -> LogitTransform:
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    cap = next((value for value in caps if value), None)
     return LogitTransform(scale, None if cap is None else float(cap))
 
 

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from dstrain.errors import UserError
 from dstrain.models.config import hub_is_reachable, one_line
-from dstrain.models.units import Places, Unit, units
+from dstrain.models.units import Places, Unit, allocate, units
 
 _SHOWN = 8
 # Names of types in safetensors' headers.
@@ -212,7 +212,7 @@ class _Loader:
         for name, first in wanted:
             parameter = self.model.get_parameter(name)
             if first in olds and not parameter.is_meta:
-                self.places.replace(olds.pop(first), parameter.data)
+                self.places.replace(olds.pop(first), parameter)
 
 
 def load(
@@ -232,7 +232,8 @@ def load(
         sent: set[int] = set()
         for unit in units(model):
             _on_rank_0((lambda unit=unit: loader.read(unit)) if reads else None, checkpoint.name)
-            loader.places.allocate(unit)
+            for new in allocate(unit):
+                loader.places.replace(new.old, new.parameter)
             _send_buffers(unit)
             if partition is not None:
                 partition(unit)

@@ -4,10 +4,12 @@ So no rank ever needs room for more than its own part and one unit.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 @dataclass(frozen=True)
@@ -73,23 +75,56 @@ class Places:
                     self._of.setdefault(id(parameter), []).append((module, name))
                     self.first_name[join(full_name, name)] = first.setdefault(id(parameter), join(full_name, name))
 
-    def replace(self, old: nn.Parameter, new: torch.Tensor) -> nn.Parameter:
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Put `new` wherever `old` is used."""
-        parameter = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
-        parameter.__dict__.update(old.__dict__)
         for owner, name in self._of.pop(id(old)):
-            owner._parameters[name] = parameter
-        return parameter
+            owner._parameters[name] = new
 
-    def allocate(self, unit: Unit, dtype: torch.dtype | None = None) -> dict[str, nn.Parameter]:
-        """Replace each meta parameter of the unit by an empty one on the CPU, floating ones in `dtype` (or as is).
 
-        Returns the new ones by full name.
-        """
-        fresh = {}
-        for full_name, module in unit.modules:
-            for name, old in list(module._parameters.items()):
-                if old is not None and old.is_meta:
-                    wanted = dtype if dtype is not None and old.is_floating_point() else old.dtype
-                    fresh[join(full_name, name)] = self.replace(old, torch.empty(old.shape, dtype=wanted))
-        return fresh
+@dataclass(frozen=True)
+class Fresh:
+    """A parameter of a unit that has just got memory; until `settle`, at its first place only."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    old: nn.Parameter
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.owner._parameters[self.attribute]
+
+
+def allocate(unit: Unit, dtype: torch.dtype | None = None) -> list[Fresh]:
+    """Replace each meta parameter of the unit by an empty one on the CPU, floating ones in `dtype` (or as they are).
+
+    Other places of a tied parameter keep the meta one, so that initialising a tied head does not touch the embedding.
+    """
+    fresh: dict[int, Fresh] = {}
+    for full_name, module in unit.modules:
+        for name, old in module._parameters.items():
+            if old is not None and old.is_meta and id(old) not in fresh:
+                wanted = dtype if dtype is not None and old.is_floating_point() else old.dtype
+                new = torch.empty(old.shape, dtype=wanted)
+                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+                module._parameters[name].__dict__.update(old.__dict__)
+                fresh[id(old)] = Fresh(join(full_name, name), module, name, old)
+    return list(fresh.values())
+
+
+@contextmanager
+def parameters_on_meta(*, above: int = 0) -> Iterator[None]:
+    """Inside, parameters of more than `above` elements lose their data as soon as a module registers them."""
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or parameter.numel() <= above:
+            return None
+        meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        meta.__dict__.update(parameter.__dict__)
+        return meta
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
