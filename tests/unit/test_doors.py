@@ -22,9 +22,9 @@ LEVELS = {
     "engine": 5,
     **dict.fromkeys(["checkpoint", "monitor", "resilience", "planner", "evaluate", "generate", "launch"], 6),
     **dict.fromkeys(["run_folder", "plain"], 6),
-    "verify": 7,  # runs the engine, the data and the evaluation as training does
-    "prepare": 7,
-    **dict.fromkeys(["train", "cli"], 8),
+    **dict.fromkeys(["run", "verify"], 7),
+    "prepare": 8,
+    **dict.fromkeys(["train", "cli"], 9),
 }
 ONE_ROOM = {"pipe_engine": "engine"}  # the two engines, in two files
 LIGHT = ("errors", "arguments", "parallel", "config", "run_folder")
