@@ -84,9 +84,7 @@ def _build_optimizer(model: nn.Module, masters: list[torch.Tensor], resolved: Re
         params.pop(name, None)
     weight_decay = params.pop("weight_decay", 0.0)
     of = dict(zip(model.parameters(), masters, strict=True))
-    groups = [
-        {**group, "params": [of[p] for p in group["params"]]} for group in parameter_groups(model, weight_decay)
-    ]
+    groups = [{**group, "params": [of[p] for p in group["params"]]} for group in parameter_groups(model, weight_decay)]
     return getattr(torch.optim, kind)(groups, **params)
 
 
@@ -96,4 +94,5 @@ def _build_scheduler(optimizer: torch.optim.Optimizer, resolved: ResolvedConfig)
 
     if resolved.scheduler_type is None:
         return None
-    return getattr(lr_schedules, resolved.scheduler_type)(optimizer, **resolved.deepspeed["scheduler"].get("params", {}))
+    schedule = getattr(lr_schedules, resolved.scheduler_type)
+    return schedule(optimizer, **resolved.deepspeed["scheduler"].get("params", {}))

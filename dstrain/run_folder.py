@@ -47,7 +47,8 @@ class RunFolder:
             return json.loads(self.run_json.read_text())
         except ValueError as error:
             raise UserError(
-                f"{self.run_json} is not valid JSON ({error}): choose another --output_dir or add --overwrite_output_dir"
+                f"{self.run_json} is not valid JSON ({error}): "
+                "choose another --output_dir or add --overwrite_output_dir"
             ) from None
 
     def check_usable(self, *, overwrite: bool, resume: str) -> None:

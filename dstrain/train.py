@@ -1,9 +1,9 @@
 """Train a Hugging Face causal language model with DeepSpeed.
 
-    deepspeed --hostfile hostfile dstrain/train.py --deepspeed_config ds_configs/zero2.json --config_name M --output_dir runs/a
+    deepspeed --hostfile hostfile dstrain/train.py --deepspeed_config ds_configs/zero2.json --config_name M
     torchrun --nproc_per_node 2 dstrain/train.py ...
     accelerate launch --use_deepspeed --deepspeed_config_file ds_configs/zero2.json dstrain/train.py ...
-    python dstrain/train.py ...                                                   (one process)
+    python dstrain/train.py ...                                                               (one process)
 
 `train` is the loop. `dstrain/prepare.py` builds what it needs; `main` turns every kind of end into its exit code.
 """
@@ -18,12 +18,13 @@ if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file_
 from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode, UserError
 from dstrain.parallel import Launch
-from dstrain.prepare import Run, Startup, prepare, read_configuration
+from dstrain.prepare import prepare, read_configuration
+from dstrain.run import Run, Startup
 
 
 def train(run: Run) -> ExitCode:
     """One global batch, one optimizer step and one line of metrics at a time, from `run.state` to the last step."""
-    state, evaluated_step = run.state, None
+    state = run.state
     while state.step < run.total_steps:
         start = time.perf_counter()
         batches = next(run.loader)
@@ -36,16 +37,14 @@ def train(run: Run) -> ExitCode:
             continue
         run.startup.first_step_done(run.folder)
         if run.eval_is_due(state.step):
-            run.monitor.on_eval(state.step, *run.held_out_loss())
-            evaluated_step = state.step
+            run.evaluate(state.step)
         if run.checkpoints.is_due(state.step):
             run.save(state)
         if reason := run.stop.agreed():
             run.save(state)
             run.monitor.event(state.step, "stop", reason)
             return ExitCode.STOPPED
-    if evaluated_step != state.step:
-        run.monitor.on_eval(state.step, *run.held_out_loss())
+    run.evaluate(state.step)
     run.save(state)
     run.show_results()
     return ExitCode.FINISHED

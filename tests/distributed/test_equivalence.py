@@ -1,7 +1,7 @@
 """Every ZeRO stage, offload, rank count and accumulation gives the loss curve of plain torch in one process.
 
-SGD with clipping off shows what Adam and clipping hide: a gradient that is too large by a factor. The rows are padded and
-carry unequal numbers of label tokens, so a mean of means would show.
+SGD with clipping off shows what Adam and clipping hide: a gradient that is too large by a factor. The rows are padded
+and carry unequal numbers of label tokens, so a mean of means would show.
 """
 
 import json
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 def rows(tmp_path_factory) -> Path:
     """96 prompt-completion rows of 8 to 60 bytes, of which between a tenth and nine tenths carry loss."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = "the quick brown fox jumps over the lazy dog and runs away".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
     with path.open("w") as file:
         for i in range(96):
             text = " ".join(words[(i * 7 + k) % len(words)] for k in range(2 + i % 9))
@@ -55,12 +55,14 @@ def plain_run(model: dict, config: dict, rows: Path, folder: Path, micro_batch: 
         is_main_per_host=True,
         barrier=lambda: None,
     )
-    split = dict(global_batch=resolved.global_batch, micro_batch=micro_batch, dp_rank=0, dp_size=1)
+    split = {"global_batch": resolved.global_batch, "micro_batch": micro_batch, "dp_rank": 0, "dp_size": 1}
     engine, lines = PlainEngine(built, resolved), []
     with build_loader(data.train, seed=42, **split) as loader:
         for step in range(1, parity.STEPS + 1):
             result = engine.train_batch(next(loader))
-            numbers = {name: float(getattr(result, name)) for name in ("loss", "grad_norm", "tokens", "tokens_processed")}
+            numbers = {
+                name: float(getattr(result, name)) for name in ("loss", "grad_norm", "tokens", "tokens_processed")
+            }
             lines.append({"step": step, "learning_rate": result.learning_rate, **numbers})
     sums = [engine.eval_batch(batches) for batches in eval_batches(data.validation, max_batches=2, **split)]
     loss = sum(float(s) for s, _ in sums) / sum(float(n) for _, n in sums)
@@ -88,7 +90,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, stage, ranks, accumulation, device", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("name", "stage", "ranks", "accumulation", "device"), CASES, ids=[case[0] for case in CASES])
 def test_equals_plain_torch(name, stage, ranks, accumulation, device, plain, rows, tmp_path, request):
     if device == "nvme":
         request.getfixturevalue("libaio")

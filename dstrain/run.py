@@ -1,0 +1,126 @@
+"""One run: all that the loop needs, and how it ends."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.arguments import Arguments
+from dstrain.config import ResolvedConfig
+from dstrain.errors import ExitCode
+from dstrain.parallel import Launch
+from dstrain.run_folder import RunFolder
+
+
+@dataclass
+class Startup:
+    """Seconds of each phase from the start of the process to the end of the first step, for run.json."""
+
+    phases: dict[str, float]
+    last: float
+
+    @classmethod
+    def since_process_start(cls) -> "Startup":
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        started = ticks / os.sysconf("SC_CLK_TCK")
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return cls({"imports_and_flags": now - started}, now)
+
+    def done(self, phase: str) -> None:
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.phases[phase] = now - self.last
+        self.last = now
+
+    def first_step_done(self, folder: RunFolder) -> None:
+        if "first_step" not in self.phases:
+            self.done("first_step")
+            self.phases = {name: round(seconds, 3) for name, seconds in self.phases.items()}
+            if Launch.from_environment().is_main:
+                folder.update(startup_s={**self.phases, "total": round(sum(self.phases.values()), 3)})
+
+
+@dataclass
+class Run:
+    """All that the loop needs, and how it ends."""
+
+    args: Arguments
+    resolved: ResolvedConfig
+    folder: RunFolder
+    launch: Launch
+    startup: Startup
+    identity: dict[str, Any]
+    tokenizer: Any
+    block_size: int
+    data: Any  # TrainingData
+    total_steps: int
+    engine: Any  # Engine
+    checkpoints: Any  # CheckpointManager
+    resume_from: Path | None
+    stop: Any  # AgreedStop
+    profiler: Any
+    monitor: Any = None
+    state: Any = None  # TrainState
+    loader: Any = None  # iterator over the micro-batches of one step
+    evaluated_step: int | None = None
+
+    def eval_is_due(self, step: int) -> bool:
+        return self.args.run.eval_steps is not None and step % self.args.run.eval_steps == 0
+
+    def evaluate(self, step: int) -> None:
+        """Loss of the held-out text, where there is any; once a step. A collective."""
+        from dstrain.data.tokenization import pad_token_id
+        from dstrain.evaluate import held_out_loss
+
+        if self.data.validation is None or step == self.evaluated_step:
+            return
+        loss, tokens = held_out_loss(
+            self.engine,
+            self.data.validation,
+            self.resolved,
+            self.launch.rank,
+            max_batches=self.args.run.max_eval_batches,
+            pad_token_id=pad_token_id(self.tokenizer),
+        )
+        self.monitor.on_eval(step, loss, tokens)
+        self.evaluated_step = step
+
+    def save(self, state: Any) -> None:
+        """Save, unless this step is saved already. A collective."""
+        stats = self.checkpoints.save(state, self.monitor.state_dict())
+        if stats is not None:
+            self.monitor.on_save(state.step, stats.bytes, stats.stall_s, stats.total_s)
+
+    def show_results(self) -> None:
+        """The loss curve and a sample of generated text, on the screen and for the report. A collective."""
+        from dstrain.generate import sample_text
+        from dstrain.monitor.logs import screen
+        from dstrain.monitor.metrics import read_metrics
+        from dstrain.monitor.progress import render_loss_curve
+
+        sampled = self.resolved.parallel.pp_size == 1  # a stage alone cannot generate
+        if sampled:
+            samples = self.data.validation or self.data.train
+            prompt, text = sample_text(self.engine, self.tokenizer, samples, seed=self.args.run.seed)
+        if self.launch.is_main:
+            lines = read_metrics(self.folder.path)
+            points = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+            if len(points) > 1:
+                print(render_loss_curve(points), file=screen())
+            if sampled:
+                self.folder.update(sample={"prompt": prompt, "text": text})
+                print(f"A sample, continuing {prompt!r}:\n{text}", file=screen())
+
+    def end(self, exit_code: ExitCode, reason: str) -> None:
+        """Write the summary and the report."""
+        from dstrain.monitor.logs import screen
+        from dstrain.monitor.report import write_report
+
+        if self.launch.is_main and "report" in self.args.run.report_to:
+            try:
+                report = write_report(self.folder.path)
+            except (OSError, ValueError) as error:  # a picture of a run must not fail the run
+                self.monitor.event(self.state.step, "report", f"not written: {error}")
+            else:
+                print(f"report: {report}", file=screen())
+        self.monitor.close(exit_code, reason)
