@@ -3,7 +3,6 @@
 A failure here after an upgrade is good news: DeepSpeed has changed, and a rule may go.
 """
 
-import inspect
 import json
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import deepspeed
 import pytest
-import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from tests.launch import ROOT, environment
@@ -63,13 +61,10 @@ def test_clipping_is_on_by_default():
     assert parse().gradient_clipping == 1.0
 
 
-def test_the_second_spelling_of_a_key_loses_silently():
-    zero = {"stage": 3, "stage3_prefetch_bucket_size": 10, "prefetch_bucket_size": 20}
-    assert parse(zero_optimization=zero).zero_config.prefetch_bucket_size == 10
-
-
-def test_names_of_torch_optimizers_depend_on_case():
-    assert inspect.ismodule(torch.optim.sgd)  # which DeepSpeed takes for a class when the JSON says "sgd"
+def test_some_keys_have_two_spellings():
+    assert parse(zero_optimization={"stage": 3, "prefetch_bucket_size": 20}).zero_config.prefetch_bucket_size == 20
+    with pytest.raises(ValueError, match="Extra inputs"):
+        parse(zero_optimization={"stage": 3, "stage3_prefetch_bucket_size": 10, "prefetch_bucket_size": 20})
 
 
 def test_nothing_reads_allgather_partitions():
@@ -113,7 +108,7 @@ def test_muon_in_bf16(facts):
     assert difference(facts["Muon bf16 1 clipping 0.0"], plain) < 0.02
     assert difference(facts["Muon bf16 3 clipping 0.0"], plain) < 0.02
     assert difference(facts["Muon bf16 2 clipping 0.0"], plain) > 0.1
-    assert difference(facts["Muon bf16 1 clipping 0.01"], plain) < 0.02  # clipping does not change Muon's direction
+    assert difference(facts["Muon bf16 1 clipping 0.01"], facts["Muon fp32 0 clipping 0.01"]) < 0.02
 
 
 def test_bf16_masters_are_ignored_with_fp32_sums_at_stage_1(facts):
