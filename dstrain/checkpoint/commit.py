@@ -19,6 +19,8 @@ from dstrain.checkpoint.files import Written, rank_file, sync_folder, write_byte
 from dstrain.checkpoint.manifest import write_latest, write_manifest
 from dstrain.checkpoint.state import Snapshot
 
+MODEL_FILES = "model"  # the folder inside a checkpoint for config, tokenizer, ...: what an export needs besides weights
+
 
 @dataclass(frozen=True)
 class SaveStats:
@@ -38,6 +40,7 @@ class Save:
     temporary: Path
     snapshot: Snapshot
     contents: dict[str, Any]
+    model_files: dict[str, bytes]
     rank: int
     world_size: int
     retain: Callable[[Path], None]
@@ -75,7 +78,10 @@ class Save:
                     return
             files[name] = Written(**json.loads(done.read_text()))
             done.unlink()
-        files.update(self.contents.pop("model_files"))
+        if self.model_files:
+            (self.temporary / MODEL_FILES).mkdir()
+        for name, data in self.model_files.items():
+            files[f"{MODEL_FILES}/{name}"] = write_bytes(self.temporary / MODEL_FILES / name, data)
         contents = {**self.contents, "files": {name: asdict(file) for name, file in files.items()}}
         manifest = write_manifest(self.temporary, contents)
         replaced = self.target.with_name(f".{self.target.name}.old")

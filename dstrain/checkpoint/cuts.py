@@ -56,7 +56,7 @@ def find_cut(name: str, parameter: Any, tp_rank: int) -> Cut | None:
         return None
     shape, dim = meta["logical_shape"] or meta["original_shape"], meta["partition_dim"]
     blocks = meta["sub_param_shard_widths"] or ([meta["partition_sizes"]] if meta["partition_sizes"] else [])
-    if meta["unsupported_reason"] or not shape or dim is None or not blocks:
+    if meta["conversion"]["unsupported_reason"] or not shape or dim is None or not blocks:
         raise UserError(f"tensor parallelism cuts {name} in a way that no checkpoint can describe: use ZeRO instead")
     ranges, base = [], 0
     for widths in blocks:

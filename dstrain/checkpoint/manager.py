@@ -17,7 +17,6 @@ from typing import Any
 from dstrain import distributed
 from dstrain.checkpoint import engine_state
 from dstrain.checkpoint.commit import Save, SaveStats, gather, not_written
-from dstrain.checkpoint.files import Written, hash_file
 from dstrain.checkpoint.manifest import (
     find_problems,
     list_checkpoints,
@@ -29,8 +28,6 @@ from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.checkpoint.state import HostMemory, load_snapshot, take_snapshot
 from dstrain.errors import UserError
 from dstrain.parallel import Launch
-
-MODEL_FILES = "model"  # config, tokenizer, ...: what an export needs besides weights
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,8 @@ def _all_damaged(folder: Path, damaged: list[Path]) -> UserError:
 class CheckpointManager:
     """Writes checkpoints of an engine, at most one at a time, and finds and restores them.
 
-    write_model_files: called on rank 0 with a folder for what an export needs besides weights. description: more facts
-    for the manifest, plain JSON.
+    model_files: called once, on rank 0: name -> contents of what an export needs besides weights (config, tokenizer).
+    description: more facts for the manifest, plain JSON.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class CheckpointManager:
         save_steps: int,
         save_total_limit: int | None,
         background: bool = False,
-        write_model_files: Callable[[Path], Any] | None = None,
+        model_files: Callable[[], dict[str, bytes]] = dict,
         description: dict[str, Any] | None = None,
     ):
         self.folder = folder
@@ -106,7 +103,8 @@ class CheckpointManager:
         self.save_steps = save_steps
         self.save_total_limit = save_total_limit
         self.background = background
-        self.write_model_files = write_model_files
+        self._make_model_files = model_files
+        self._model_files: dict[str, bytes] | None = None
         self.description = description or {}
         self.saved_step: int | None = None
         self.launch = Launch.from_environment()
@@ -134,13 +132,21 @@ class CheckpointManager:
         (num_bytes,) = distributed.sum_over_ranks([float(snapshot.bytes)])
         contents = {**self.description, **asdict(state), "extra": extra, "engine": engine_state.capture(self.engine)}
         contents["layout"] = {"world_size": self.launch.world_size, **layout_of(self.engine)}
-        problem = self._open_temporary(temporary, int(num_bytes), contents) if self.launch.is_main else None
+        problem = self._open_temporary(temporary, int(num_bytes)) if self.launch.is_main else None
         self._agree(problem)
         if not temporary.is_dir():
             problem = f"{self.folder} is not the same folder on every host: use a shared file system for --output_dir"
         self._agree(problem)
         save = Save(
-            target, temporary, snapshot, contents, self.launch.rank, self.launch.world_size, self._retain, started
+            target=target,
+            temporary=temporary,
+            snapshot=snapshot,
+            contents=contents,
+            model_files=self._model_files or {},
+            rank=self.launch.rank,
+            world_size=self.launch.world_size,
+            retain=self._retain,
+            started=started,
         )
         self._in_flight = save
         self.saved_step = state.step
@@ -194,8 +200,8 @@ class CheckpointManager:
         if problems:
             raise UserError(problems)
 
-    def _open_temporary(self, temporary: Path, num_bytes: int, contents: dict[str, Any]) -> str | None:
-        """Rank 0: room on the disk, an empty folder, and the model's own files in it."""
+    def _open_temporary(self, temporary: Path, num_bytes: int) -> str | None:
+        """Rank 0: room on the disk, and an empty folder. Returns what is in the way."""
         try:
             self.clean()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,18 +214,11 @@ class CheckpointManager:
                 )
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            contents["model_files"] = self._write_model_files(temporary)
+            if self._model_files is None:
+                self._model_files = self._make_model_files()
         except OSError as error:
             return not_written(temporary, error)
         return None
-
-    def _write_model_files(self, temporary: Path) -> dict[str, Written]:
-        if self.write_model_files is None:
-            return {}
-        folder = temporary / MODEL_FILES
-        folder.mkdir()
-        self.write_model_files(folder)
-        return {str(p.relative_to(temporary)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
     def clean(self) -> None:
         """Rank 0, once: remove what an interrupted save left; put back what it had moved aside."""
@@ -284,7 +283,7 @@ class CheckpointManager:
         load_snapshot(self.engine, reader)
         notes = engine_state.restore(self.engine, contents["engine"])
         facts = reader.rank_facts(self.launch.rank)
-        if facts is not None:
+        if facts is not None and facts["random"] is not None:
             engine_state.restore_random_states(facts["random"])
         state = TrainState(contents["step"], contents["samples_consumed"])
         self.saved_step = state.step if path.parent == self.folder else None

@@ -1,0 +1,183 @@
+"""A checkpoint of any layout as a Hugging Face folder: safetensors, index, config, tokenizer, generation config, card.
+
+    dstrain export runs/a out                      # the newest checkpoint of a run folder
+    dstrain export runs/a/checkpoints/step_00000100 out --dtype fp32 --max_shard_size 2GB
+
+Streams one tensor at a time and needs neither DeepSpeed nor the ranks that wrote the checkpoint.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dstrain.checkpoint.commit import MODEL_FILES
+from dstrain.checkpoint.files import Entry, write_bytes, write_safetensors
+from dstrain.checkpoint.manager import choose_checkpoint
+from dstrain.checkpoint.manifest import Manifest, find_problems, read_manifest
+from dstrain.checkpoint.reshape import CheckpointReader
+from dstrain.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """Name -> contents of all that a Hugging Face folder holds besides weights and card. model: on any device."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["architectures"] = [type(model).__name__]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def export(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Write `out` from a whole checkpoint and return it. dtype: of floating weights; None: as the model computed.
+
+    Raises UserError for a damaged checkpoint, one without the model's own files, or a folder that holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder: choose another place for the export")
+    problems = find_problems(checkpoint)
+    if problems:
+        raise UserError(problems[:5])
+    manifest = read_manifest(checkpoint)
+    if not (checkpoint / MODEL_FILES / "config.json").is_file():
+        raise UserError(
+            f"{checkpoint} holds no {MODEL_FILES}/config.json: it was written without the model's own files"
+        )
+    target = DTYPES[dtype] if dtype else getattr(torch, manifest.contents["layout"]["dtype"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint / MODEL_FILES, temporary)
+        _set_dtype(temporary / "config.json", target)
+        _write_weights(CheckpointReader(checkpoint), temporary, target, max_shard_bytes)
+        write_bytes(temporary / "README.md", _card(checkpoint, manifest, target).encode())
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _entries(reader: CheckpointReader, dtype: torch.dtype) -> Iterator[Entry]:
+    """Parameters, then buffers, in the order of their names; each is read when its turn to be written has come."""
+    for kind in ("weight", "buffer"):
+        for name in sorted(reader.names(kind), key=_natural):
+            stored = reader.dtype(kind, name)
+            final = dtype if kind == "weight" and stored.is_floating_point else stored
+
+            def data(kind: str = kind, name: str = name, final: torch.dtype = final) -> torch.Tensor:
+                return reader.whole(kind, name).to(final)
+
+            yield Entry(name, final, reader.shapes[name], data)
+
+
+def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """One file, or numbered ones with an index, none larger than `max_shard_bytes` unless a tensor is."""
+    shards: list[list[Entry]] = [[]]
+    for entry in _entries(reader, dtype):
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard, {"format": "pt"})
+        weight_map.update({entry.key: name for entry in shard})
+    total = sum(entry.nbytes for shard in shards for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_bytes(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _card(checkpoint: Path, manifest: Manifest, dtype: torch.dtype) -> str:
+    """A model card with the numbers of the run, as far as they stand beside the checkpoint."""
+    contents = manifest.contents
+    rows = {
+        "step": contents["step"],
+        "samples": contents["samples_consumed"],
+        "weights": str(dtype).removeprefix("torch."),
+        "trained as": ", ".join(f"{key} {value}" for key, value in sorted(contents["layout"].items())),
+        "optimizer": contents["engine"]["optimizer"],
+        "checkpoint": f"{checkpoint.name} (manifest {manifest.digest[:16]})",
+        **_last_metrics(checkpoint, contents["step"]),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\nTrained with dstrain.\n"
+    return f"{head}\n| | |\n|---|---|\n{table}\n"
+
+
+def _last_metrics(checkpoint: Path, step: int) -> dict[str, Any]:
+    """The last losses up to `step` from the run's metrics.jsonl, where the checkpoint still lies in its run folder."""
+    path = checkpoint.parent.parent / "metrics.jsonl"
+    found: dict[str, Any] = {}
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            if line["kind"] in ("train", "eval") and line["step"] <= step:
+                found["training loss" if line["kind"] == "train" else "held-out loss"] = line["loss"]
+                if line["kind"] == "train":
+                    found["tokens"] = line["tokens_total"]
+    return found
+
+
+def parse_size(text: str) -> int:
+    """ "5GB", "500MB", "2GiB" or bytes, as Hugging Face writes them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"--max_shard_size is {text!r}: write a size such as 5GB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def find_checkpoint(path: str) -> Path:
+    """A checkpoint by its own folder, or the newest of a run folder. Raises UserError."""
+    if not Path(path).is_dir():
+        raise UserError(f"{path} is no folder: name a checkpoint (step_*) or a run folder")
+    try:
+        found = choose_checkpoint(Path(path), path)
+    except UserError:
+        raise UserError(f"{path} holds no complete checkpoint: name a step_* folder or a run folder") from None
+    assert found is not None
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a step_* folder, or a run folder for its newest checkpoint")
+    parser.add_argument("out", help="the folder to write; it must not hold anything")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of training)")
+    parser.add_argument("--max_shard_size", default="5GB", help="of one file (default 5GB)")
+
+
+def run(args: argparse.Namespace) -> int:
+    size = parse_size(args.max_shard_size)
+    out = export(find_checkpoint(args.checkpoint), Path(args.out), dtype=args.dtype, max_shard_bytes=size)
+    print(f"{out}: load it with transformers' AutoModelForCausalLM.from_pretrained")
+    return 0
