@@ -85,39 +85,79 @@ def build(name: str, seed: int = 7) -> tuple[Any, Any]:
     return build_engine(model, resolved), resolved
 
 
-def losses_from(engine: Any, resolved: Any, state: Any, until: int) -> list[float]:
-    """Train from `state` to step `until`."""
+def rows() -> list[dict[str, Any]]:
+    """Samples of unequal lengths, the same in every process."""
     import numpy as np
-    import torch.distributed as dist
-
-    from dstrain.data.loader import build_loader
 
     draw = np.random.default_rng(3)
-    rows = [draw.integers(0, MODEL["vocab_size"], 17 + i % 8) for i in range(24)]
-    samples = [{"input_ids": row, "labels": row} for row in rows]
-    losses = []
-    with build_loader(
-        samples,
+    found = [draw.integers(0, MODEL["vocab_size"], 17 + i % 8) for i in range(24)]
+    return [{"input_ids": row, "labels": row} for row in found]
+
+
+def _loader(resolved: Any, state: Any, rank: int) -> Any:
+    from dstrain.data.loader import build_loader
+
+    dims = resolved.parallel
+    return build_loader(
+        rows(),
         seed=5,
         global_batch=resolved.global_batch,
         micro_batch=resolved.micro_batch,
-        dp_rank=resolved.parallel.dp_rank(dist.get_rank()),
-        dp_size=resolved.parallel.dp_size,
+        dp_rank=dims.dp_rank(rank),
+        dp_size=dims.dp_size,
         samples_consumed=state.samples_consumed,
-    ) as loader:
-        for _ in range(state.step, until):
-            losses.append(float(engine.train_batch(next(loader)).loss))
-    return losses
+    )
+
+
+def losses_from(engine: Any, resolved: Any, state: Any, until: int) -> list[float]:
+    """Train from `state` to step `until`. A collective."""
+    import torch.distributed as dist
+
+    with _loader(resolved, state, dist.get_rank()) as loader:
+        return [float(engine.train_batch(next(loader)).loss) for _ in range(state.step, until)]
+
+
+def held_out(engine: Any, resolved: Any, state: Any) -> float:
+    """Loss of the global batch after `state`, without training. A collective."""
+    import torch.distributed as dist
+
+    with _loader(resolved, state, dist.get_rank()) as loader:
+        loss_sum, tokens = engine.eval_batch(next(loader))
+    return float(loss_sum / tokens)
+
+
+def exported_loss(checkpoint: Path, out: Path, samples_consumed: int) -> float:
+    """The same loss from plain transformers, after `export`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dstrain.checkpoint.export import export
+    from dstrain.data.order import Order
+
+    model = AutoModelForCausalLM.from_pretrained(export(checkpoint, out, max_shard_bytes=20_000))
+    samples, total, count = rows(), 0.0, 0
+    order = Order(len(samples), 5)
+    for i in range(samples_consumed, samples_consumed + ck.GLOBAL_BATCH):
+        ids = torch.tensor(samples[order[i]]["input_ids"])[None]
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return total / count
 
 
 def _manager(engine: Any, folder: Path) -> Any:
+    from dstrain.checkpoint.export import model_files
     from dstrain.checkpoint.manager import CheckpointManager
+    from dstrain.data.tokenization import build_tokenizer
 
-    return CheckpointManager(folder, engine.deepspeed, save_steps=0, save_total_limit=None)
+    def files() -> dict[str, bytes]:
+        return model_files(engine.model, build_tokenizer("bytes"))
+
+    return CheckpointManager(folder, engine.deepspeed, save_steps=0, save_total_limit=None, model_files=files)
 
 
-def save_all(folder: str, names: list[str]) -> dict[str, list[float]]:
-    """Layout -> losses of all steps, uninterrupted but for the save after SAVED."""
+def save_all(folder: str, names: list[str]) -> dict[str, tuple[list[float], float]]:
+    """Layout -> losses of all steps, uninterrupted but for the save after SAVED; and a held-out loss at the save."""
     from dstrain.checkpoint.manager import TrainState
 
     curves = {}
@@ -126,7 +166,8 @@ def save_all(folder: str, names: list[str]) -> dict[str, list[float]]:
         first = losses_from(engine, resolved, TrainState(), SAVED)
         state = TrainState(SAVED, SAVED * resolved.global_batch)
         _manager(engine, Path(folder) / name).save(state, {"from": name})
-        curves[name] = first + losses_from(engine, resolved, state, STEPS)
+        held = held_out(engine, resolved, state)
+        curves[name] = first + losses_from(engine, resolved, state, STEPS), held
         _release(engine)
     return curves
 
@@ -155,23 +196,27 @@ def _release(engine: Any) -> None:
 
 
 def cross(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """ "source > target" -> {error, tolerance} for every pair of `names`."""
+    """ "source > target" -> {error, bound} for every pair of `names`, and "source > export"."""
     worlds: dict[tuple[int, str], list[str]] = {}
     for name in names:  # DeepSpeed's process groups are global: one kind of parallelism in one process
         worlds.setdefault((LAYOUTS[name][0], "" if name.startswith("zero") else name[:3]), []).append(name)
-    curves: dict[str, list[float]] = {}
+    curves: dict[str, tuple[list[float], float]] = {}
     for (world, _), members in worlds.items():
         curves |= run_workers("tests.crossings:save_all", world, str(folder), members, group="dstrain", timeout_s=400)[
             0
         ]
     results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        loss = exported_loss(folder / name / f"step_{SAVED:08d}", folder / f"{name}_hf", SAVED * ck.GLOBAL_BATCH)
+        bound = 1e-5 if is_fp32(name) else 2e-2
+        results[f"{name} > export"] = {"error": abs(loss - curves[name][1]) / loss, "bound": bound}
     for (world, _), members in worlds.items():
         found = run_workers(
             "tests.crossings:load_all", world, str(folder), members, names, group="dstrain", timeout_s=900
         )[0]
         for pair, losses in found.items():
             source, target = pair.split(" > ")
-            results[pair] = _compare(losses, curves[source], tolerance(source, target))
+            results[pair] = _compare(losses, curves[source][0], tolerance(source, target))
     return results
 
 
@@ -191,15 +236,15 @@ def _markdown(names: list[str], results: dict[str, dict[str, Any]]) -> str:
         f"column and trained to step {STEPS}. The figure is the largest relative difference of a loss from the",
         "uninterrupted run of the row. Bounds: 1e-5 where both are fp32, 2e-2 where 16 bits are in it. `=`: the very",
         "bits. The last number of a name is the number of ranks; `cpu` offloads to the host, `pp2`, `tp2`, `sp2` are",
-        "two stages or ranks.",
+        "two stages or ranks. `export`: the loss of plain transformers after the export against the engine's.",
         "",
         f"{good} of {len(results)} within their bound.",
         "",
-        "| from \\ to | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
+        "| from \\ to | " + " | ".join([*names, "export"]) + " |",
+        "|---" * (len(names) + 2) + "|",
     ]
     for source in names:
-        cells = [_cell(results[f"{source} > {target}"]) for target in names]
+        cells = [_cell(results[f"{source} > {target}"]) for target in [*names, "export"]]
         lines.append(f"| {source} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
