@@ -100,8 +100,6 @@ def test_equals_plain_torch(name, stage, ranks, accumulation, device, plain, row
         if stage == 3:
             more["offload_param"] = offload(device, tmp_path)
     config = plain.config | parity.zero(stage, **more) | {"gradient_accumulation_steps": accumulation}
-    if device and plain.name == "sgd":
-        config |= {"zero_force_ds_cpu_optimizer": False}
     run = parity.run(tmp_path / "x", parity.LLAMA, config, "--train_file", str(rows), ranks=ranks)
     run.assert_equals(plain.run, TOLERANCE)
     for ours, theirs in zip(run.train, plain.run.train, strict=True):
@@ -112,7 +110,7 @@ def test_every_case_is_there():
     assert len(CASES) == 4 * 5 + 4
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [1, 2, 3])  # at stage 0 bf16 is refused: DeepSpeed's numbers are wrong there
 def test_bf16_stays_near_plain_fp32(stage, rows, tmp_path, tmp_path_factory):
     plain = plain_run(parity.LLAMA, SGD, rows, tmp_path_factory.mktemp("plain"))
     config = SGD | parity.BF16 | parity.zero(stage)
