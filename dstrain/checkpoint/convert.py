@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint.files import Entry, Key, rank_file, write_bytes, write_safetensors
-from dstrain.checkpoint.manifest import NAME, find_problems, read_manifest, write_manifest
+from dstrain.checkpoint.manifest import find_problems, read_manifest, write_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.config import load_config, resolve_config
 from dstrain.errors import UserError
@@ -25,12 +25,12 @@ def convert(source: Path, target: Path, deepspeed_config: str, world_size: int) 
     Raises UserError for a damaged source, a configuration that is wrong or whose batch cannot continue the run's, or
     a target that exists or is not named like a checkpoint.
     """
-    if target.exists() or not NAME.match(target.name):
-        raise UserError(f"{target} must be a new folder named like a checkpoint, for example {target}/{source.name}")
     problems = find_problems(source)
     if problems:
         raise UserError(problems[:5])
     contents = read_manifest(source).contents
+    if target.exists() or target.name != f"step_{contents['step']:08d}":
+        raise UserError(f"{target} must be a new folder with the step in its name: write {target / source.name}")
     resolved = resolve_config(
         load_config(deepspeed_config), world_size=world_size, stored_global_batch=contents.get("global_batch")
     )

@@ -87,6 +87,8 @@ def place(engine: Any) -> Place:
     import torch.distributed as dist
     from deepspeed.utils import groups
 
+    if not dist.is_initialized():
+        return Place(0, 1, 0)
     group = engine.seq_data_parallel_group
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     tp_size = engine.autotp_size() if hasattr(engine, "autotp_size") else 1

@@ -156,9 +156,10 @@ class CheckpointManager:
         if self.background:
             return None
         self.wait()
+        committed = [stats for stats in self._finished if stats.step == state.step]
         self._finished = [stats for stats in self._finished if stats.step != state.step]
         total_s = time.perf_counter() - started
-        return SaveStats(int(num_bytes), total_s, total_s, state.step)
+        return SaveStats(committed[0].bytes if committed else snapshot.bytes, total_s, total_s, state.step)
 
     def finished(self) -> list[SaveStats]:
         """Checkpoints committed since the last call, on rank 0; the other ranks do not know. Never waits."""

@@ -82,6 +82,8 @@ def quick_problems(folder: Path) -> list[str]:
     except UserError as error:
         return error.problems
     problems = []
+    if NAME.match(folder.name) and checkpoint_step(folder) != manifest.step:
+        problems.append(f"{folder} holds step {manifest.step}: give it that name")
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
