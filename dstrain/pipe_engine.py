@@ -55,6 +55,7 @@ class PipeEngine:
             learning_rate=learning_rate,
             tokens=tokens,
             tokens_processed=processed,
+            rank_loss=self._own_loss()[0],
             skipped=not engine.was_step_applied(),
         )
 

@@ -111,7 +111,7 @@ def plan_stages(model: nn.Module, graph: LayerGraph, num_stages: int) -> Pipelin
 
     def cost(start: int, end: int) -> tuple[int, int]:
         names: set[str] = set().union(*segments[start:end])
-        time = sum(size[name] for name in names if name not in looked_up or name in graph.needs[n - 1] and end == n)
+        time = sum(size[name] for name in names if name not in looked_up or (name in graph.needs[n - 1] and end == n))
         return time, sum(size[name] for name in names)
 
     costs = [[cost(a, b) if b > a else (0, 0) for b in range(n + 1)] for a in range(n)]

@@ -117,16 +117,21 @@ class PipeStage(Stage):
 class _Gradient:
     """Where a tied parameter's accumulated gradient is: ZeRO-1 with 16-bit weights keeps it in `grad_accum` in fp32.
 
-    DeepSpeed 0.19.8 sums tied gradients by `weight.grad` (`_exec_reduce_tied_grads`), which is None there.
+    DeepSpeed 0.19.8 sums tied gradients by `weight.grad` (`_exec_reduce_tied_grads`), which is None there, and leaves
+    the collective out where it is None, though another stage may have one.
     """
 
     def __init__(self, parameter: nn.Parameter):
         self.parameter = parameter
 
     @property
-    def grad(self) -> Tensor | None:
+    def grad(self) -> Tensor:
         accumulated = getattr(self.parameter, "grad_accum", None)
-        return self.parameter.grad if accumulated is None else accumulated
+        if accumulated is not None:
+            return accumulated
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad
 
     @property
     def _hp_grad(self) -> Tensor:

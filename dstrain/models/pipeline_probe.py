@@ -237,7 +237,15 @@ class _Probe:
             self.marks.set(fresh, self.segment(i))
             tree = put(tree, path, fresh)
         self.marks.crossing.clear()
+        if self.next == self.graph.num_layers:
+            self.forget_parameters()
         return tuple(tree[0]), tree[1]
+
+    def forget_parameters(self) -> None:
+        """What modules of earlier layers returned can be sent: whoever reads it at the end needs not their parameters."""
+        for i, made in enumerate(self.made):
+            for address, _ in made:
+                self.marks.masks[address] = self.segment(i)
 
     def left(self, i: int, name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
         """A module inside layer i returned: its tensors may be read at the end of the model."""

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from dstrain.models.pipeline import PipelinePlan
 from dstrain.models.pipeline_probe import Leaf, get, put
 
-
 Stub = tuple[nn.Module, str, torch.Size]
 
 

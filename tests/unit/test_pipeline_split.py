@@ -13,7 +13,7 @@ from dstrain.models.pipeline import plan_pipeline, plan_stages
 from dstrain.models.pipeline_build import build_stage
 from dstrain.models.pipeline_module import pack, unpack
 from dstrain.models.pipeline_probe import probe_layers
-from tests.architectures import tiny_config, tiny_inputs, tiny_model
+from tests.architectures import model_types, tiny_config, tiny_inputs, tiny_model
 from tests.sweep_architectures import compare
 
 STORIES = "/work/shared/data/models/stories15M-hf-bf16"
@@ -24,6 +24,12 @@ STORIES = "/work/shared/data/models/stories15M-hf-bf16"
 def test_stages_give_the_whole_models_loss_and_gradients(model_type, num_stages):
     meta = tiny_model(model_type, device="meta")
     assert max(compare(tiny_model(model_type), plan_pipeline(meta, num_stages), tiny_inputs(model_type))) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", [t for t in model_types() if "moe" in t or t in ("mixtral", "jetmoe", "gpt_oss")])
+def test_router_logits_need_no_copies_of_routers(model_type):
+    plan = plan_pipeline(tiny_model(model_type, device="meta"), 2)
+    assert not any("layers." in name for name in plan.tied), plan.tied
 
 
 @pytest.mark.parametrize("tied", [False, True])

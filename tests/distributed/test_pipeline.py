@@ -1,0 +1,81 @@
+"""Pipeline stages in real processes against one plain rank: the same loss curve, norm and held-out loss."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.parity import ADAMW, BF16, MODELS, SGD, SGD_CLIPPED, Run, run, start, zero
+
+MICRO = {"train_micro_batch_size_per_gpu": 2}
+DEPTH: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 4},
+    "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "mixtral": {"num_hidden_layers": 4, "output_router_logits": True},
+    "qwen3_moe": {"num_hidden_layers": 4, "output_router_logits": True},
+}
+
+
+def stages(num_stages: int) -> dict[str, Any]:
+    return {"pipeline": {"stages": num_stages}}
+
+
+def deep(name: str) -> dict[str, Any]:
+    """A model with four layers."""
+    return MODELS[name] | DEPTH.get(name, {"num_hidden_layers": 4})
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The run of one rank for a model, a configuration and flags, started once."""
+    configs = {"sgd": SGD, "clipped": SGD_CLIPPED, "adamw": ADAMW, "bf16": ADAMW | BF16 | zero(1)}
+
+    @cache
+    def get(model: str, config: str, *flags: str) -> tuple[Run, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(f"{model}_{config}_single")
+        return run(folder, deep(model), configs[config] | MICRO, *flags), configs[config] | MICRO
+
+    return get
+
+
+def compare(single: Any, folder: Path, model: str, config: str, more: dict, ranks: int, *flags: str, tolerance=1e-5):
+    reference, values = single(model, config, *flags)
+    run(folder, deep(model), values | more, *flags, ranks=ranks).assert_equals(reference, tolerance)
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox"])
+def test_two_stages_equal_one_rank(single, tmp_path, model):
+    compare(single, tmp_path, model, "sgd", stages(2) | zero(1), 2)
+
+
+@pytest.mark.parametrize("model", ["llama_tied", "mixtral"])
+def test_two_stages_times_two_replicas_equal_one_rank(single, tmp_path, model):
+    compare(single, tmp_path, model, "sgd", stages(2) | zero(1), 4)
+
+
+@pytest.mark.parametrize("model", ["llama_tied", "mixtral"])
+def test_four_stages_equal_one_rank(single, tmp_path, model):
+    compare(single, tmp_path, model, "sgd", stages(4) | zero(1), 4)
+
+
+@pytest.mark.parametrize("config, stage, tolerance", [("sgd", 0, 1e-5), ("clipped", 1, 1e-5), ("adamw", 1, 1e-5), ("bf16", 1, 2e-2)])
+def test_three_stages_with_each_optimizer(single, tmp_path, config, stage, tolerance):
+    compare(single, tmp_path, "llama_tied", config, stages(3) | zero(stage), 3, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--packing"])
+def test_checkpointing_and_packed_documents(single, tmp_path, flag):
+    compare(single, tmp_path, "llama", "sgd", stages(2) | zero(1), 2, flag)
+
+
+def test_optimizer_offload(single, tmp_path):
+    offloaded = zero(1, offload_optimizer={"device": "cpu"})
+    compare(single, tmp_path, "llama_tied", "sgd", stages(2) | offloaded | {"zero_force_ds_cpu_optimizer": False}, 2)
+
+
+def test_a_model_that_is_no_chain_is_refused(tmp_path):
+    xlm = {"model_type": "xlm", "emb_dim": 32, "n_layers": 4, "n_heads": 4, "vocab_size": 320}
+    result = start(tmp_path, xlm, SGD | MICRO | stages(2) | zero(1), ranks=2)
+    assert result.exit_codes == [2, 2]
+    assert "cannot be cut: layer 3 reads what layer 0 made" in result.stderr and "use ZeRO instead" in result.stderr
