@@ -117,6 +117,7 @@ class _Writer:
     def __init__(self, file: BinaryIO, encoder: TextEncoder):
         self._file = file
         self._prefix, self._suffix = encoder.affixes
+        self._completion_suffix = encoder.completion_suffix
         self._start = 0
         self.position = 0
         self.offsets = [0]
@@ -134,8 +135,9 @@ class _Writer:
             out.append(ids)
             self.position += len(ids)
             if segment.ends_document:
-                out.append(self._suffix)
-                self.position += len(self._suffix)
+                suffix = self._completion_suffix if segment.starts_completion else self._suffix
+                out.append(suffix)
+                self.position += len(suffix)
                 self.offsets.append(self.position)
         np.concatenate(out).tofile(self._file)
 

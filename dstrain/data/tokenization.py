@@ -135,7 +135,11 @@ class TextEncoder:
 
     @cached_property
     def affixes(self) -> tuple[np.ndarray, np.ndarray]:
-        """What goes before and after the ids of a document: the tokenizer's own special tokens, and always its EOS."""
+        """What goes before and after the ids of a plain document: the tokenizer's own special tokens.
+
+        A tokenizer that puts none (GPT-2's, the byte-level one) gets its EOS behind each document. One that begins
+        documents with BOS separates them so: its model need not have seen an EOS ever (llama2.c's have not: 27 nats).
+        """
         probe = "a"
         inner = self.encode([probe])[0].tolist()
         whole = list(self.tokenizer(probe, add_special_tokens=True)["input_ids"])
@@ -143,9 +147,15 @@ class TextEncoder:
         assert starts, f"special tokens change how {probe!r} is read: {inner} is not inside {whole}"
         prefix, suffix = whole[: starts[0]], whole[starts[0] + len(inner) :]
         eos = self.tokenizer.eos_token_id
-        if eos is not None and (not suffix or suffix[-1] != eos):
+        if eos is not None and not prefix and not suffix:
             suffix.append(eos)
         return np.asarray(prefix, self.dtype), np.asarray(suffix, self.dtype)
+
+    @cached_property
+    def completion_suffix(self) -> np.ndarray:
+        """What goes after a completion: always an end, since it is what a model must learn to stop at."""
+        suffix, eos = self.affixes[1].tolist(), self.tokenizer.eos_token_id
+        return np.asarray(suffix if eos is None or suffix[-1:] == [eos] else [*suffix, eos], self.dtype)
 
     @cached_property
     def sha256(self) -> str:
@@ -154,5 +164,5 @@ class TextEncoder:
             content = self._backend.to_str() + str(self._backend.encode_special_tokens)
         else:
             content = json.dumps([type(self.tokenizer).__qualname__, sorted(self.tokenizer.get_vocab().items())])
-        affixes = [ids.tolist() for ids in self.affixes]
+        affixes = [ids.tolist() for ids in (*self.affixes, self.completion_suffix)]
         return hashlib.sha256(json.dumps([content, affixes]).encode()).hexdigest()

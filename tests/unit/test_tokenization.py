@@ -79,12 +79,12 @@ def test_pad_token_falls_back(shared_data):
         ("bytes", "uint16", [], [256]),
         ("tokenizers/gpt2", "uint16", [], [50256]),
         ("tokenizers/smollm2", "uint16", [], [2]),
-        ("models/stories260K-hf", "uint16", [1], [2]),
-        ("models/stories15M-hf-bf16", "uint16", [1], [2]),
+        ("models/stories260K-hf", "uint16", [1], []),
+        ("models/stories15M-hf-bf16", "uint16", [1], []),
     ],
 )
 def test_documents_as_the_tokenizer_has_them(shared_data, tmp_path, name, dtype, prefix, suffix):
-    """Special tokens where the tokenizer puts them, one end-of-text after every document, long texts seamless."""
+    """Special tokens where the tokenizer puts them, an end-of-text where it puts none, long texts seamless."""
     tokenizer = build_tokenizer(name if name == "bytes" else str(shared_data / name))
     encoder = TextEncoder(tokenizer)
     assert encoder.dtype == dtype
@@ -97,6 +97,14 @@ def test_documents_as_the_tokenizer_has_them(shared_data, tmp_path, name, dtype,
         ids = store.tokens[store.offsets[i] : store.offsets[i + 1]].tolist()
         assert ids == [*tokenizer(text, verbose=False)["input_ids"], *suffix]
     assert store.facts["num_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize(("name", "end"), [("tokenizers/gpt2", 50256), ("models/stories260K-hf", 2)])
+def test_a_completion_always_ends_with_an_end(shared_data, tmp_path, name, end):
+    encoder = TextEncoder(build_tokenizer(str(shared_data / name)))
+    write_store(tmp_path, ListSource([("Two and two", " are four."), ("One and one", " are two.")]), encoder)
+    store = TokenStore.open(tmp_path)
+    assert [int(store.tokens[i - 1]) for i in store.offsets[1:]] == [end, end]
 
 
 @pytest.mark.parametrize("name", ["bytes", "tokenizers/gpt2", "tokenizers/smollm2", "models/stories260K-hf"])
