@@ -79,7 +79,7 @@ class PipeEngine:
         return values
 
     def _fit_shapes(self, batches: Sequence[Batch], *, training: bool) -> None:
-        """DeepSpeed tells the next stage the shapes once and then keeps its buffers: tell them anew when they change."""
+        """DeepSpeed tells the next stage its shapes once and keeps the buffers: tell them anew when they change."""
         shapes = {tuple(batch["input_ids"].shape) for batch in batches}
         self.deepspeed.dynamic_shape = len(shapes) > 1
         if (training, shapes) != self._shapes:

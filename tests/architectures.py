@@ -9,61 +9,108 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY, LENGTH, BATCH, LAYERS = 128, 12, 2, 4
 
-# Names that configurations use, and the value each gets where it exists.
-GENERIC = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "word_embed_proj_dim": 32,
-    "embedding_size": 32, "embedding_dim": 32,
-    "intermediate_size": 48, "ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "n_inner": 48, "d_inner": 48, "dff": 48, "ffn_hidden_size": 48,
-    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "num_hidden_layers": LAYERS, "num_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "decoder_layers": LAYERS, "encoder_layers": 1,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "attention_head_dim": 8,
-    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64, "context_length": 64,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
-    "sliding_window": 8,
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
-    "n_group": 1, "topk_group": 1, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16,
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
-    "linear_num_heads": 4, "linear_head_dim": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "output_router_logits": True,
-    "is_decoder": True, "add_cross_attention": False, "use_cache": False,
-}  # fmt: skip
+# Names that configurations use, by the value that each gets where it exists.
+_BY_VALUE = (
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    (32, "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim embedding_size embedding_dim"),
+    (48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_inner dff ffn_hidden_size"),
+    (16, "moe_intermediate_size shared_expert_intermediate_size kv_lora_rank q_lora_rank qk_head_dim index_head_dim"),
+    (LAYERS, "num_hidden_layers num_layers n_layer n_layers decoder_layers"),
+    (1, "encoder_layers n_group topk_group bos_token_id"),
+    (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts index_topk linear_num_heads"),
+    (2, "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts index_n_heads"),
+    (8, "head_dim attention_head_dim sliding_window qk_nope_head_dim qk_rope_head_dim v_head_dim linear_head_dim"),
+    (8, "hidden_size_per_layer_input laurel_rank"),
+    (64, "max_position_embeddings n_positions n_ctx max_seq_len context_length"),
+    (0, "pad_token_id"),
+    (2, "eos_token_id"),
+    (True, "output_router_logits is_decoder"),
+    (False, "add_cross_attention use_cache"),
+)
+GENERIC = {name: value for value, names in _BY_VALUE for name in names.split()}
 
 # Settings by model type, over the generic ones.
 _MLA = {"num_key_value_heads": 4, "head_dim": 8}  # latent attention: as many key heads as query heads
-_SPARSE = ["dense", "sparse", "sparse", "sparse"]
 _SLIDING = ["sliding_attention", "full_attention"] * 2
-_DOTS3 = {**_MLA, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
-          "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "shared_experts_intermediate_size": 16}
-_QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
-          "hc_lowrank": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-          "linear_num_value_heads": 4}
+_DOTS3 = {
+    **_MLA,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+    "shared_experts_intermediate_size": 16,
+}
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
-    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}, "backbone_hidden_size": 32},
-    "blt": {"encoder_hash_byte_group_vocab": 64, "vocab_size": 260, "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}},
+    "gemma4_unified_assistant": {
+        "text_config": {
+            "model_type": "gemma4_unified_text",
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 4,
+        },
+        "backbone_hidden_size": 32,
+    },
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "vocab_size": 260,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "qwen4_exp": {"text_config": _QWEN4},
     "axk2": _MLA,
     "bailing_hybrid": {**_MLA, "n_group": 1, "partial_rotary_factor": 1.0, "layer_group_size": 2},
     "bamba": {"mamba_n_heads": 8, "mamba_d_state": 8, "attn_layer_indices": [1, 3]},
     "beam": {"partial_rotary_factor": 1.0},
     "codegen": {"rotary_dim": 4},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}},
-    "cpmant": {"dim_ff": 48, "dim_head": 8, "prompt_length": 4, "prompt_types": 4, "segment_types": 4, "init_std": 0.02},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+        }
+    },
+    "cpmant": {
+        "dim_ff": 48,
+        "dim_head": 8,
+        "prompt_length": 4,
+        "prompt_types": 4,
+        "segment_types": 4,
+        "init_std": 0.02,
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2},
+    },
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 1},
     "deepseek_v32": _MLA,
     "deepseek_v4": {"o_lora_rank": 8, "o_groups": 2, "num_key_value_heads": 1, "num_nextn_predict_layers": 0},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note": {"text_config": _DOTS3, "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 32, "adapter_out_dim": 32},
-                   "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32}},
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "dots3_note_text": _DOTS3,
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _SLIDING, "intermediate_size": 48},
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}, "backbone_hidden_size": 32},
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},
+        "backbone_hidden_size": 32,
+    },
     "glm4_moe_lite": _MLA,
     "glm_moe_dsa": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
@@ -82,14 +129,32 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds": False},
-    "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "roc_bert": {
+        "pronunciation_vocab_size": 32,
+        "shape_vocab_size": 32,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "youtu": _MLA,
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"], "mamba_d_state": 8,
-              "attention_head_dim": 16, "num_key_value_heads": 4, "use_mamba_kernels": False},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 8, "num_key_value_heads": 4, "adapter_rank": 8, "use_mamba_kernels": False},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "mamba_d_state": 8,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "num_key_value_heads": 4,
+        "adapter_rank": 8,
+        "use_mamba_kernels": False,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-}  # fmt: skip
+}
 
 
 def no_dropout(values: dict) -> dict:
@@ -114,7 +179,7 @@ def _tiny(config_class, special):
     for name, value in GENERIC.items():
         if name in values and values[name] is not None and name not in special:
             kwargs[name] = value
-    for name, sub in (config_class.sub_configs or {}).items():
+    for name in config_class.sub_configs or {}:
         if isinstance(special.get(name), dict) or name not in special:
             cls = type(getattr(defaults, name, None))
             if "model_type" in special.get(name, {}):

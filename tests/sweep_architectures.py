@@ -1,6 +1,6 @@
 """Cut every causal-LM model type of the installed transformers into pipeline stages and compare with the whole model.
 
-    python -m tests.sweep_architectures                          # all types, 2 and 3 stages; writes docs/architectures.md
+    python -m tests.sweep_architectures            # all types, 2 and 3 stages; writes docs/architectures.md
     python -m tests.sweep_architectures --types llama,gpt2 --stages 2
 
 One process per type: a tiny random model in fp32, planned on meta as in training, each stage with its own parameters
@@ -22,7 +22,8 @@ import transformers
 from torch import Tensor, nn
 
 from dstrain.models.pipeline import PipelinePlan, plan_stages
-from dstrain.models.pipeline_probe import PROBE_BATCH, PROBE_LENGTH, NotAChain, probe_layers
+from dstrain.models.pipeline_graph import NotAChainError
+from dstrain.models.pipeline_probe import PROBE_BATCH, PROBE_LENGTH, probe_layers
 from dstrain.models.stage import Stage
 from tests.architectures import model_types, tiny_inputs, tiny_model
 
@@ -134,7 +135,7 @@ def examine(model_type: str, stages: list[int]) -> list[Outcome]:
 
 
 def _reason(error: Exception) -> str:
-    kind = "refused" if isinstance(error, NotAChain) else type(error).__name__
+    kind = "refused" if isinstance(error, NotAChainError) else type(error).__name__
     return " ".join(f"{kind}: {error}".split())[:300]
 
 
@@ -170,12 +171,14 @@ def write_table(outcomes: list[Outcome], stages: list[int], path: Path) -> None:
     for outcome in outcomes:
         by_type.setdefault(outcome.model_type, {})[outcome.num_stages] = outcome
     exact = sum(all(o.exact for o in found.values()) for found in by_type.values())
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    cut = " and ".join(map(str, stages))
     lines = [
         "# Which models the pipeline can cut",
         "",
-        f"Written by `python -m tests.sweep_architectures` (transformers {transformers.__version__}, torch {torch.__version__}).",
-        f"{exact} of {len(by_type)} causal-LM model types give, cut into {' and '.join(map(str, stages))} stages, the loss, logits and"
-        f" all gradients of the whole model (fp32, largest error relative to the tensor's largest value at most {BOUND:g}).",
+        f"Written by `python -m tests.sweep_architectures` ({versions}).",
+        f"{exact} of {len(by_type)} causal-LM model types give, cut into {cut} stages, the loss, logits and all",
+        f"gradients of the whole model (fp32; largest error at most {BOUND:g} of the tensor's largest value).",
         "",
         "| model type | " + " | ".join(f"{n} stages" for n in stages) + " | logits error | gradient error | reason |",
         "|---|" + "---|" * (len(stages) + 3),

@@ -9,11 +9,13 @@ of models.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from dstrain.errors import UserError
-from dstrain.models.pipeline_probe import LayerGraph, Leaf, NotAChain, probe_layers
+from dstrain.models.pipeline_graph import LayerGraph, Leaf, NotAChainError
+from dstrain.models.pipeline_probe import probe_layers
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _lookup_only(model: nn.Module, graph: LayerGraph) -> set[str]:
 
 
 def _cut(costs: list[list[tuple[int, int]]], allowed: list[bool], num_stages: int) -> tuple[int, ...]:
-    """Bounds with the least largest cost of a stage. costs[a][b]: cost of layers a .. b - 1. Empty if there are none."""
+    """Bounds with the least largest cost of a stage; empty if there are none. costs[a][b]: of layers a .. b - 1."""
     n = len(allowed)
     best: list[dict[int, tuple[tuple[int, int], tuple[int, ...]]]] = [{0: ((0, 0), (0,))}]
     for _ in range(num_stages):
@@ -92,19 +94,19 @@ def plan_pipeline(model: nn.Module, num_stages: int, inputs: Mapping[str, Tensor
     """
     try:
         return plan_stages(model, probe_layers(model, inputs), num_stages)
-    except NotAChain as reason:
-        name = type(model).__name__
+    except NotAChainError as reason:
         raise UserError(
-            f"pipeline.stages={num_stages}: {name} cannot be cut: {reason}; use ZeRO instead (remove the pipeline block)"
+            f"pipeline.stages={num_stages}: {type(model).__name__} cannot be cut: {reason}; "
+            "use ZeRO instead (remove the pipeline block)"
         ) from None
 
 
 def plan_stages(model: nn.Module, graph: LayerGraph, num_stages: int) -> PipelinePlan:
     """The best balanced stages: first by time (parameters that are multiplied, the head among them), then by memory
-    (all parameters, the embedding among them). Raises NotAChain if there are none."""
+    (all parameters, the embedding among them). Raises NotAChainError if there are none."""
     n = graph.num_layers
     if num_stages > n:
-        raise NotAChain(f"it has only {n} layers")
+        raise NotAChainError(f"it has only {n} layers")
     allowed = [not any(made < cut <= read for made, read in graph.leaks) for cut in range(n)]
     segments, size = _segments(model, graph), {name: p.numel() for name, p in model.named_parameters()}
     looked_up = _lookup_only(model, graph)
@@ -118,6 +120,6 @@ def plan_stages(model: nn.Module, graph: LayerGraph, num_stages: int) -> Pipelin
     bounds = _cut(costs, allowed, num_stages)
     if not bounds:
         made, read = min(graph.leaks, key=lambda leak: leak[0] - leak[1])
-        raise NotAChain(f"layer {read} reads what layer {made} made, around the layers between")
-    needs = [frozenset(set().union(*segments[a:b])) for a, b in zip(bounds, bounds[1:], strict=False)]
+        raise NotAChainError(f"layer {read} reads what layer {made} made, around the layers between")
+    needs = [frozenset(set().union(*segments[a:b])) for a, b in pairwise(bounds)]
     return PipelinePlan(graph, bounds, tuple(needs))

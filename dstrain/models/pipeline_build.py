@@ -20,9 +20,9 @@ def build_stage(
     num_stages: int,
     seed: int,
     dtype: torch.dtype,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device | None = None,
 ) -> PipeStage:
-    """Stage `index` of the model in training mode, with parameters in `dtype` on `device`.
+    """Stage `index` of the model in training mode, with parameters in `dtype` on `device` (default: CPU).
 
     The weights are those that `build_model` gives, from scratch by (seed, name) or pretrained; nothing else is
     allocated or read. Raises UserError, before anything is built, for a model that is no chain of layers.
@@ -40,7 +40,7 @@ def build_stage(
             raise UserError(f"{config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stage.train()
-    return stage.to(device)
+    return stage.to(device or torch.device("cpu"))
 
 
 def _load_own(
@@ -53,8 +53,8 @@ def _load_own(
             super().__init__(*args, **kwargs)
             prune(self, plan.needs[index])
             own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-            tied = self.all_tied_weights_keys.items()
-            self.all_tied_weights_keys = {target: source for target, source in tied if {target, source} <= own}
+            tied = vars(self)["all_tied_weights_keys"]
+            vars(self)["all_tied_weights_keys"] = {a: b for a, b in tied.items() if {a, b} <= own}
 
     options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
     name = margs.model_name_or_path
@@ -63,5 +63,3 @@ def _load_own(
         raise UserError(f"{name} lacks weights of the model: {', '.join(missing[:8])}: name a folder that has them all")
     model.__class__ = model_class
     return model
-
-

@@ -39,8 +39,8 @@ def pack(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
     for tensor in tensors:
         shapes += [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
     device = floats[0].device
-    header = [torch.tensor(shapes, dtype=torch.int64, device=device)]
-    return torch.cat([t.reshape(-1).to(dtype) for t in floats]), torch.cat(header + [t.reshape(-1).long() for t in integers])
+    header = [torch.tensor(shapes, dtype=torch.int64, device=device), *(t.reshape(-1).long() for t in integers)]
+    return torch.cat([t.reshape(-1).to(dtype) for t in floats]), torch.cat(header)
 
 
 def unpack(packed: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -87,7 +87,7 @@ class PipeStage(Stage):
     def forward(self, inputs: Any) -> Any:
         batch = self._batches.popleft()
         carried = () if self.index == 0 else unpack(inputs)
-        if not self.is_last:
+        if self.head is None:
             model_inputs = {name: value for name, value in batch.items() if name != "labels"}
             return pack(self.run(carried, **model_inputs))
         loss, _ = token_loss(partial(self.run, carried), self.head, batch)
@@ -96,7 +96,7 @@ class PipeStage(Stage):
 
     def check_head(self) -> str | None:
         """`check_loss_head` for the last stage, on made-up hidden states; no collective."""
-        if not self.is_last:
+        if self.head is None:
             return None
         weight = self.head.module.weight
 
@@ -159,7 +159,7 @@ def build_pipeline_module(stage: PipeStage, dims: ParallelDims, rank: int) -> nn
 
 
 def _join_tied(stage: PipeStage, dims: ParallelDims, rank: int) -> list[tuple[_Gradient, Any]]:
-    """Process groups over the stages that hold a copy of the same parameters; copies after the first count as replicas."""
+    """Process groups over the stages that hold copies of a parameter; those after the first count as replicas."""
     own = dict(stage.model.named_parameters())
     replicas = dims.world_size // dims.pp_size
     found = []

@@ -2,14 +2,13 @@
 
 Every tensor of the run carries a mark: the parameters it was made from and the segments (before the first layer, layer
 0, layer 1, ...) that worked on it. At the input of each layer, whatever an earlier layer made is noted and replaced by
-a fresh tensor, so that a mark found later in the wrong segment is a path around the pipe. From the marks follow, without
-any table of models: which tensors travel from layer to layer, which parameters each layer's segment needs (tied heads
-and inputs that later layers read from the embedding too), and whether the model is a chain at all.
+a fresh tensor, so that a mark found later in the wrong segment is a path around the pipe. From the marks follow,
+without any table of models: which tensors travel from layer to layer, which parameters each layer's segment needs (tied
+heads and inputs that later layers read from the embedding too), and whether the model is a chain at all.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,72 +19,13 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Sizes of the probe's input: numbers that seldom are a model's own sizes, so that a shape tells what its dimensions are.
+from dstrain.models.pipeline_graph import Echo, LayerGraph, Leaf, NotAChainError, Slot, put, tensors
+
+# Sizes of the probe's input: numbers that seldom are a model's own, so that a shape tells what its dimensions are.
 PROBE_BATCH, PROBE_LENGTH = 3, 11
 # A model whose control flow needs values is run on real tensors: in full if small, else with constant weights that
 # occupy one element each.
 _REAL_PROBE_MAX_PARAMETERS = 50_000_000
-
-Path = tuple[Any, ...]
-
-
-class NotAChain(Exception):
-    """The model's layers cannot be cut into a pipeline; the message says why, for the end of a sentence.
-
-    unused: the list of layers that was tried does not run at all.
-    """
-
-    def __init__(self, reason: str, unused: bool = False):
-        super().__init__(reason)
-        self.unused = unused
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A tensor inside a layer's output, by shape: "B" batch, "S" length, "BS" their product, or a number."""
-
-    shape: tuple[int | str, ...]
-    dtype: torch.dtype
-
-    def zeros(self, batch: int, length: int, device: torch.device) -> Tensor:
-        sizes = {"B": batch, "S": length, "BS": batch * length}
-        shape = [sizes[n] if isinstance(n, str) else n for n in self.shape]
-        return torch.zeros((), dtype=self.dtype, device=device).expand(shape)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor that a layer gets from the layers before it: where in (args, kwargs), and its form."""
-
-    path: Path
-    leaf: Leaf
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A tensor that a module inside a layer leaves for the end of the model (router logits of a MoE layer)."""
-
-    leaf: Leaf
-    places: tuple[tuple[str, int, Any], ...]  # module that returns it, index among its tensors, its output as Leaf-s
-
-
-@dataclass
-class LayerGraph:
-    """What the probe found. slots[i]: what layer i gets from earlier layers.
-
-    needs[i]: names of the parameters that work between the input of layer i and that of layer i + 1 (or the end).
-    outputs[i]: output of layer i with a Leaf for each tensor. echoes[i]: tensors layer i leaves for the end.
-    leaks: (i, j): layer j reads what layer i made, around the layers between.
-    """
-
-    layers: str
-    num_layers: int
-    slots: list[tuple[Slot, ...]] = field(default_factory=list)
-    needs: list[frozenset[str]] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    echoes: list[tuple[Echo, ...]] = field(default_factory=list)
-    leaks: set[tuple[int, int]] = field(default_factory=set)
-    before: frozenset[str] = frozenset()  # parameters that work before the first layer
 
 
 def find_layers(model: nn.Module) -> list[str]:
@@ -98,42 +38,8 @@ def find_layers(model: nn.Module) -> list[str]:
         return name.rsplit(".", 1)[-1] in planned, sum(p.numel() for p in outer[name].parameters())
 
     if not outer:
-        raise NotAChain("it has no list of layers")
+        raise NotAChainError("it has no list of layers")
     return sorted(outer, key=rank, reverse=True)
-
-
-def tensors(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
-    """Every tensor in nested dicts, lists and tuples, with the keys that lead to it."""
-    if isinstance(tree, Tensor):
-        return [(path, tree)]
-    if isinstance(tree, dict):
-        return [found for key, value in tree.items() for found in tensors(value, (*path, key))]
-    if isinstance(tree, list | tuple):
-        return [found for i, value in enumerate(tree) for found in tensors(value, (*path, i))]
-    return []
-
-
-def put(tree: Any, path: Path, value: Any) -> Any:
-    """`tree` with `value` at `path`: dicts and lists are changed in place (layers share them), tuples rebuilt."""
-    if not path:
-        return value
-    key, rest = path[0], path[1:]
-    if isinstance(tree, dict):
-        tree[key] = put(tree.get(key), rest, value)
-        return tree
-    items = list(tree or ())
-    items += [None] * (key + 1 - len(items))
-    items[key] = put(items[key], rest, value)
-    if isinstance(tree, list):
-        tree[:] = items
-        return tree
-    return tuple(items)
-
-
-def get(tree: Any, path: Path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 class _Marks(TorchDispatchMode):
@@ -219,17 +125,17 @@ class _Probe:
 
     def enter(self, i: int, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if i != self.next:
-            raise NotAChain(f"layer {i} runs where layer {self.next} was expected")
+            raise NotAChainError(f"layer {i} runs where layer {self.next} was expected")
         if not torch.is_grad_enabled():
-            raise NotAChain("its layers run inside an autograd function of their own")
+            raise NotAChainError("its layers run inside an autograd function of their own")
         found = tensors([list(args), kwargs])
         made_by_layers = self.segment(0) * ((1 << i) - 1)
         carried = [(path, leaf) for path, leaf in found if self.marks.get(leaf) & made_by_layers]
         if i and not carried:
-            raise NotAChain(f"layer {i} does not read what layer {i - 1} made")
+            raise NotAChainError(f"layer {i} does not read what layer {i - 1} made")
         self.close_segment([leaf for _, leaf in (carried if i else found)])
-        self.graph.slots.append(tuple(Slot(path, _describe(leaf)) for path, leaf in carried))
-        tree = [list(args), kwargs]
+        self.graph.slots.append(tuple(Slot(path, _leaf(leaf)) for path, leaf in carried))
+        tree: Any = [list(args), kwargs]
         self.next += 1
         self.marks.segment = self.segment(i)
         for path, leaf in carried:
@@ -242,7 +148,7 @@ class _Probe:
         return tuple(tree[0]), tree[1]
 
     def forget_parameters(self) -> None:
-        """What modules of earlier layers returned can be sent: whoever reads it at the end needs not their parameters."""
+        """What modules of earlier layers returned can be sent: its readers at the end need no more parameters."""
         for i, made in enumerate(self.made):
             for address, _ in made:
                 self.marks.masks[address] = self.segment(i)
@@ -278,7 +184,7 @@ class _Probe:
     def finish(self, output: Any) -> LayerGraph:
         """Close the last segment with what a training loss reads: the logits and a MoE model's auxiliary loss."""
         if self.next != len(self.modules):
-            raise NotAChain(f"only {self.next} of its {len(self.modules)} layers run", unused=self.next == 0)
+            raise NotAChainError(f"only {self.next} of its {len(self.modules)} layers run", unused=self.next == 0)
         results = [output[key] for key in ("logits", "aux_loss") if isinstance(output.get(key), Tensor)]
         self.close_segment(results)
         last = self.graph.num_layers - 1
@@ -307,11 +213,13 @@ def _echo(places: list[tuple[str, int, Any]]) -> Echo:
     return Echo([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Leaf)][index], tuple(places))
 
 
-def _describe(leaf: Any) -> Leaf | None:
-    if not isinstance(leaf, Tensor):
-        return None
+def _describe(value: Any) -> Leaf | None:
+    return _leaf(value) if isinstance(value, Tensor) else None
+
+
+def _leaf(tensor: Tensor) -> Leaf:
     names = {PROBE_BATCH: "B", PROBE_LENGTH: "S", PROBE_BATCH * PROBE_LENGTH: "BS"}
-    return Leaf(tuple(names.get(n, n) for n in leaf.shape), leaf.dtype)
+    return Leaf(tuple(names.get(n, n) for n in tensor.shape), tensor.dtype)
 
 
 def _fake_weight(p: Tensor) -> Tensor:
@@ -337,10 +245,10 @@ def _run(model: nn.Module, layers: str, make: Callable[[Tensor], Tensor], inputs
 
 
 def probe_layers(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> LayerGraph:
-    """Run `model` (on any device, also meta) once, as in training, on tensors without data, and follow what flows where.
+    """Run `model` (on any device, also meta) once, as in training, on tensors without data; follow what flows where.
 
     inputs: keyword arguments for models that need more than `input_ids` [3, 11].
-    Raises NotAChain with the reason. The model is left as it was.
+    Raises NotAChainError with the reason. The model is left as it was.
     """
     was_training = model.training
     model.train()
@@ -349,7 +257,7 @@ def probe_layers(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -
         for layers in find_layers(model):
             try:
                 return _run_fake_or_real(model, layers, inputs)
-            except NotAChain as reason:
+            except NotAChainError as reason:
                 reasons.append(reason)
                 if not reason.unused:
                     break  # this is the decoder; other lists (a vision tower's) may be unused
@@ -362,7 +270,7 @@ def _run_fake_or_real(model: nn.Module, layers: str, inputs: Mapping[str, Tensor
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _fakeable_experts(model):
             return _run(model, layers, _fake_weight, inputs)
-    except NotAChain:
+    except NotAChainError:
         raise
     except Exception:  # noqa: BLE001 - the model asks for values; then it gets some
         constant = sum(p.numel() for p in model.parameters()) > _REAL_PROBE_MAX_PARAMETERS

@@ -2,8 +2,8 @@
 
 The forward of a stage is the whole model's. Layers of other stages hand through what they get; at the first layer of
 the stage the tensors received from the stage before replace whatever came; at the first layer of the next stage the
-forward is left, with the tensors that this layer would have got. So positions, masks, scales, rotary tables and whatever
-else the model does around its layers stay its own code, run once in the right place.
+forward is left, with the tensors that this layer would have got. So positions, masks, scales, rotary tables and
+whatever else the model does around its layers stay its own code, run once in the right place.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dstrain.models.pipeline import PipelinePlan
-from dstrain.models.pipeline_probe import Leaf, get, put
+from dstrain.models.pipeline_graph import Leaf, get, put
 
 Stub = tuple[nn.Module, str, torch.Size]
 
 
-class _StageEnd(Exception):
+class _StageEndError(Exception):
     """Leaves the model's forward after the last layer of the stage."""
 
 
@@ -73,7 +73,7 @@ class Stage(nn.Module):
     def _leave(self, i: int, *args: Any, **kwargs: Any) -> None:
         slots = tuple(get([args, kwargs], slot.path) for slot in self.plan.graph.slots[i])
         self._sent = (*slots, *self._received_echoes(), *self._echoes)
-        raise _StageEnd
+        raise _StageEndError
 
     def _received_echoes(self) -> tuple[Tensor, ...]:
         return self._carried[len(self.plan.graph.slots[self.first]) :] if self.first else ()
@@ -136,7 +136,7 @@ class Stage(nn.Module):
         self._running = True
         try:
             return self.model(**inputs)
-        except _StageEnd:
+        except _StageEndError:
             return self._sent
         finally:
             self._running = False
@@ -169,7 +169,6 @@ def _stub(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def _disable_cache(model: nn.Module) -> None:
     """Training never caches keys and values: a cache would be shared between micro-batches and stages."""
-    configs = [getattr(m, "config", None) for m in model.modules()]
-    for config in configs:
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
+    for module in model.modules():
+        if hasattr(config := getattr(module, "config", None), "use_cache"):
+            setattr(config, "use_cache", False)  # noqa: B010

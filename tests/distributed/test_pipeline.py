@@ -44,7 +44,9 @@ def compare(single: Any, folder: Path, model: str, config: str, more: dict, rank
     run(folder, deep(model), values | more, *flags, ranks=ranks).assert_equals(reference, tolerance)
 
 
-@pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model", ["llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox"]
+)
 def test_two_stages_equal_one_rank(single, tmp_path, model):
     compare(single, tmp_path, model, "sgd", stages(2) | zero(1), 2)
 
@@ -59,7 +61,9 @@ def test_four_stages_equal_one_rank(single, tmp_path, model):
     compare(single, tmp_path, model, "sgd", stages(4) | zero(1), 4)
 
 
-@pytest.mark.parametrize("config, stage, tolerance", [("sgd", 0, 1e-5), ("clipped", 1, 1e-5), ("adamw", 1, 1e-5), ("bf16", 1, 2e-2)])
+@pytest.mark.parametrize(
+    ("config", "stage", "tolerance"), [("sgd", 0, 1e-5), ("clipped", 1, 1e-5), ("adamw", 1, 1e-5), ("bf16", 1, 2e-2)]
+)
 def test_three_stages_with_each_optimizer(single, tmp_path, config, stage, tolerance):
     compare(single, tmp_path, "llama_tied", config, stages(3) | zero(stage), 3, tolerance=tolerance)
 

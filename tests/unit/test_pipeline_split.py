@@ -19,14 +19,18 @@ from tests.sweep_architectures import compare
 STORIES = "/work/shared/data/models/stories15M-hf-bf16"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "bloom"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "bloom"]
+)
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_stages_give_the_whole_models_loss_and_gradients(model_type, num_stages):
     meta = tiny_model(model_type, device="meta")
     assert max(compare(tiny_model(model_type), plan_pipeline(meta, num_stages), tiny_inputs(model_type))) <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", [t for t in model_types() if "moe" in t or t in ("mixtral", "jetmoe", "gpt_oss")])
+@pytest.mark.parametrize(
+    "model_type", [t for t in model_types() if "moe" in t or t in ("mixtral", "jetmoe", "gpt_oss")]
+)
 def test_router_logits_need_no_copies_of_routers(model_type):
     plan = plan_pipeline(tiny_model(model_type, device="meta"), 2)
     assert not any("layers." in name for name in plan.tied), plan.tied
