@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         overrides=args.set,
         facts=RunFacts(source=args.file, config_only=True, total_steps=args.max_steps),
     )
+    for notice in resolved.notices:
+        print(f"dstrain: note: {args.file}: {notice}", file=sys.stderr)
     if args.action == "check":
         print(f"{args.file}: {_summary(resolved)}")
     elif args.json:

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,15 @@ def remove_value(config: dict[str, Any], key: str) -> None:
         block = block.get(name) if isinstance(block, dict) else None
     if isinstance(block, dict):
         block.pop(last, None)
+
+
+def without(config: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """A copy that lacks the dotted `keys`; names that hold dots themselves are found too."""
+    return {
+        name: without(value, keys, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in config.items()
+        if f"{prefix}{name}" not in keys
+    }
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dstrain.config import batch as batching
 from dstrain.config.auto import fill_auto
 from dstrain.config.case import Case, UnknownValueError
 from dstrain.config.facts import NO_FACTS, RunFacts
-from dstrain.config.load import apply_overrides, get_value, leaves, parse_override, remove_value, set_value
+from dstrain.config.load import apply_overrides, get_value, leaves, parse_override, remove_value, set_value, without
 from dstrain.config.reading import autocast_dtype, class_of, offload_device, precision
-from dstrain.config.rules import check_rules
+from dstrain.config.rules import EARLY, RULES, check_rules
 from dstrain.config.schema import check_schema, meant, whole_numbers
 from dstrain.errors import UserError
 from dstrain.parallel import ParallelDims
@@ -28,6 +28,7 @@ class ResolvedConfig:
     deepspeed: the dict for `deepspeed.initialize`; every value that dstrain relies on is explicit in it. Its
     `train_batch_size` counts as DeepSpeed does, where tensor-parallel ranks are data ranks: use `global_batch`.
     origins: dotted key -> "user", "--set", "default" (DeepSpeed's), or "derived: why".
+    notices: one sentence for each value of the user's that was replaced; to be told at the start of a run.
     """
 
     deepspeed: dict[str, Any]
@@ -36,6 +37,7 @@ class ResolvedConfig:
     batch: batching.Batch
     facts: RunFacts
     request: "_Request" = field(repr=False)
+    notices: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -144,11 +146,9 @@ def resolve_config(
     }
 
     wrong = check_schema(resolved)
-    for key, _ in wrong:
-        remove_value(resolved, key)
+    resolved = without(resolved, {key for key, _ in wrong})
     unfilled, fillings = fill_auto(resolved, facts)
-    for key, _ in unfilled:
-        remove_value(resolved, key)
+    resolved = without(resolved, {key for key, _ in unfilled})
     problems = [message for _, message in (*wrong, *unfilled)]
     unknown = frozenset().union(*(meant(key) for key, _ in (*wrong, *unfilled)))
 
@@ -158,12 +158,14 @@ def resolve_config(
     dims, batch = _world(resolved, world_size, unknown, problems, stored_global_batch, facts.max_micro_batch)
     if dims and batch:
         completion.fill_batch(batch, dims)
+    case = Case(resolved, dims, facts, unknown)
+    completion.note(check_rules(case, EARLY))
     completion.fill_defaults()
-    completion.note(check_rules(Case(resolved, dims, facts, unknown)))
+    completion.note(check_rules(case, RULES))
     if problems:
         raise UserError(_one_line(f"{facts.source}: {problem}") for problem in problems)
     assert dims is not None and batch is not None, "no problem, and yet no batch"
-    return ResolvedConfig(resolved, origins, dims, batch, facts, request)
+    return ResolvedConfig(resolved, origins, dims, batch, facts, request, tuple(completion.notices))
 
 
 def _one_line(text: str) -> str:
@@ -207,6 +209,9 @@ class _Completion:
     config: dict[str, Any]
     origins: dict[str, str]
     problems: list[str]
+    notices: list[str] = field(default_factory=list)
+    # Absent, and yet a value that a repair changes.
+    _default: ClassVar[dict[str, Any]] = {"zero_optimization.stage": 0}
 
     def set(self, key: str, value: Any, origin: str) -> None:
         set_value(self.config, key, value)
@@ -221,6 +226,9 @@ class _Completion:
                 remove_value(self.config, key)
                 self.origins.pop(key, None)
             else:
+                before = get_value(self.config, key, self._default.get(key))
+                if before not in (None, "auto", value):
+                    self.notices.append(f"{key} {before} was replaced by {value}: {reason.removeprefix('derived: ')}")
                 self.set(key, value, reason)
 
     def fill_batch(self, batch: batching.Batch, dims: ParallelDims) -> None:

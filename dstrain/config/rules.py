@@ -10,14 +10,15 @@ from typing import Any
 from dstrain.config import rules_parallel, rules_precision, rules_run, rules_zero
 from dstrain.config.case import Case, Repair, Rule, UnknownValueError
 
+EARLY: tuple[Rule, ...] = rules_precision.EARLY
 RULES: tuple[Rule, ...] = (*rules_zero.RULES, *rules_precision.RULES, *rules_parallel.RULES, *rules_run.RULES)
 
 
-def check_rules(case: Case) -> tuple[list[str], dict[str, tuple[Any, str]]]:
-    """(problems, repairs as dotted key -> (value, origin)) of every rule."""
+def check_rules(case: Case, rules: tuple[Rule, ...]) -> tuple[list[str], dict[str, tuple[Any, str]]]:
+    """(problems, repairs as dotted key -> (value, origin)) of `rules`: first EARLY, then RULES."""
     problems: list[str] = []
     repairs: dict[str, tuple[Any, str]] = {}
-    for rule in RULES:
+    for rule in rules:
         for outcome in _answers(rule, case):
             if isinstance(outcome, Repair):
                 repairs[outcome.key] = (outcome.value, outcome.reason)

@@ -101,6 +101,21 @@ def sequence_parallel_type(case: Case) -> Iterator[str]:
         yield "seq_parallel_communication_data_type is read with sequence_parallel_size above 1 only: leave it out"
 
 
+def sequence_parallel_average(case: Case) -> Iterator[str]:
+    if case.dims.sp_size == 1:
+        return
+    if case.get("gradient_predivide_factor", 1.0) != 1.0:
+        yield (
+            "gradient_predivide_factor with sequence_parallel_size scales gradients by the number of ranks it happens "
+            "to equal: leave it out"
+        )
+    if case.stage == 3 and case.get("zero_optimization.reduce_scatter", True) is False:
+        yield (
+            "zero_optimization.reduce_scatter false at stage 3 with sequence_parallel_size averages small and large "
+            "gradients over different numbers of ranks: leave it out"
+        )
+
+
 RULES: tuple[Rule, ...] = (
     pipeline_stage,
     pipeline_clipping,
@@ -112,4 +127,5 @@ RULES: tuple[Rule, ...] = (
     tensor_parallel_head,
     expert_parallel,
     sequence_parallel_type,
+    sequence_parallel_average,
 )

@@ -51,12 +51,22 @@ def accumulation_type_at_stage_0(case: Case) -> Iterator[str]:
         )
 
 
+def stage_for_sixteen_bits(case: Case) -> Iterator[Repair]:
+    """Stage 0's optimizers step once with zero gradients when they are made, and add up gradients in 16 bits."""
+    if case.stage or case.precision == "fp32" or case.pipeline or case.get("zero_optimization.offload_optimizer"):
+        return
+    cls = case.optimizer_class
+    if cls and (cls.elementwise or case.optimizer == "Muon"):
+        reason = "derived: stage 0 gives wrong numbers in 16 bits (an empty step before the first); stage 1 is right"
+        yield Repair("zero_optimization.stage", 1, reason)
+
+
 def sixteen_bits_at_stage_0(case: Case) -> Iterator[str]:
-    """Its optimizers step once with zero gradients when they are made, and add up gradients in 16 bits."""
+    """What `stage_for_sixteen_bits` could not repair."""
     if case.stage == 0 and case.precision != "fp32":
         yield (
             f"{case.precision} at ZeRO stage 0 gives wrong numbers (DeepSpeed takes an empty optimizer step before the "
-            "first, and adds up gradients in 16 bits): write zero_optimization.stage 1, also for one process"
+            "first, and adds up gradients in 16 bits): write zero_optimization.stage 1, or leave 16 bits out"
         )
 
 
@@ -110,6 +120,8 @@ def immediate_update(case: Case) -> Iterator[str]:
         yield "bf16.immediate_grad_update is ignored with offload_optimizer: leave it out"
 
 
+# Answered first, since other rules depend on the stage.
+EARLY: tuple[Rule, ...] = (stage_for_sixteen_bits,)
 RULES: tuple[Rule, ...] = (
     one_precision,
     device_has_precision,

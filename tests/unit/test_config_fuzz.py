@@ -73,7 +73,7 @@ def resolve(config, **world):
         return None, refusal.problems
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(CONFIGS, FACTS, st.sampled_from([1, 2, 4]))
 def test_resolves_or_is_refused_in_words(config, facts, world_size):
     resolved, problems = resolve(config, world_size=world_size, facts=facts)
@@ -84,7 +84,7 @@ def test_resolves_or_is_refused_in_words(config, facts, world_size):
         assert again.origins == resolved.origins
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(keys.TOP)) | st.text(max_size=4), ANY, max_size=4))
 def test_nonsense_is_refused_in_words(config):
     _, problems = resolve(config, world_size=2)

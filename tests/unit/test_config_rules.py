@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from dstrain.config import RunFacts, resolve_config, rules
+from dstrain.config import RunFacts, resolve, resolve_config, rules
 from dstrain.config.load import get_value, set_value
 from dstrain.errors import UserError
 
@@ -79,8 +79,9 @@ REFUSED = [
     # precision
     ({**BF16, "fp16.enabled": True}, "bf16 and fp16 are both enabled"),
     ({**BF16, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16 and torch_autocast are both enabled"),
-    ({"bf16.enabled": True}, "bf16 at ZeRO stage 0 gives wrong numbers"),
-    ({"fp16.enabled": True, "gradient_accumulation_steps": 2}, "adds up gradients in 16 bits"),
+    ({"bf16.enabled": True, TYPE: "Lamb"}, "bf16 at ZeRO stage 0 gives wrong numbers"),
+    ({"bf16.enabled": True, OFFLOAD: "cpu"}, "bf16 at ZeRO stage 0 gives wrong numbers"),
+    ({"fp16.enabled": True, "pipeline.stages": 2}, "adds up gradients in 16 bits"),
     ({"torch_autocast": {"enabled": True, "dtype": "float16"}, STAGE: 2}, "leaves the loss scale in the gradient norm"),
     ({"torch_autocast": {"enabled": True, "dtype": "fp16"}, STAGE: 3}, "leaves the loss scale in the gradient norm"),
     ({"torch_autocast": {"enabled": True, "dtype": "half"}}, "has no loss scaling"),
@@ -104,9 +105,9 @@ REFUSED = [
     ({"tensor_parallel.tp_overlap_comm": True}, "ignored without autotp_size"),
     ({"tensor_parallel": {}}, "tensor_parallel is empty"),
     ({"tensor_parallel.autotp_size": 2, "tensor_parallel.tp": {"tp_size": 2}}, "for inference"),
-    ({"tensor_parallel.autotp_size": 2, "bf16.enabled": True, TYPE: "SGD"}, "bf16 at ZeRO stage 0"),
     ({"expert_parallel.enabled": True}, "expert_parallel does not work"),
     ({"use_data_before_expert_parallelism": True}, "with expert parallelism only"),
+    ({"sequence_parallel_size": 2, "gradient_predivide_factor": 2.0}, "scales gradients by the number of ranks"),
     ({"seq_parallel_communication_data_type": "bf16"}, "sequence_parallel_size above 1 only"),
     ({"tensor_parallel.autotp_size": 3}, "4 processes cannot be split"),
     ({"pipeline.stages": 8, STAGE: 1}, "4 processes cannot be split"),
@@ -193,6 +194,11 @@ REPAIRED = [
         1e-3,
     ),
     (BF16, "data_types.grad_accum_dtype", "fp32"),
+    ({"bf16.enabled": True}, STAGE, 1),
+    ({"bf16.enabled": True, STAGE: 0, TYPE: "SGD"}, STAGE, 1),
+    ({"bf16.enabled": True, TYPE: "SGD"}, "zero_allow_untested_optimizer", True),
+    ({"fp16.enabled": True, "gradient_accumulation_steps": 2}, "data_types.grad_accum_dtype", "fp32"),
+    ({"tensor_parallel.autotp_size": 2, "bf16.enabled": True, TYPE: "SGD"}, STAGE, 1),
     ({}, "gradient_clipping", 1.0),
     ({f"{PARAMS}.torch_adam": True}, f"{PARAMS}.weight_decay", 0.01),
 ]
@@ -235,6 +241,16 @@ def test_accepted(changes):
     resolve_config(configuration(changes), world_size=4)
 
 
+def test_a_replaced_value_is_told():
+    asked = resolve_config(configuration({"bf16.enabled": True, STAGE: 0}), world_size=2)
+    assert asked.notices == (
+        "zero_optimization.stage 0 was replaced by 1: stage 0 gives wrong numbers in 16 bits (an empty step before the "
+        "first); stage 1 is right",
+    )
+    assert resolve_config(configuration(BF16), world_size=2).notices == ()
+    assert resolve_config(configuration({TYPE: "SGD", STAGE: 2}), world_size=2).notices == ()
+
+
 def test_flags_lift_the_refusal_of_their_blocks():
     with_flags = RunFacts(gradient_checkpointing=True, compile=True, device="cuda")
     config = configuration({"activation_checkpointing": {}, "compile.deepcompile": True})
@@ -242,7 +258,7 @@ def test_flags_lift_the_refusal_of_their_blocks():
     resolve_config(config, world_size=4, facts=RunFacts(config_only=True))
 
 
-def test_every_rule_has_a_case_here():
+def test_every_rule_has_a_case_here(monkeypatch):
     """Runs all cases once and notes which rules answered."""
     answered = set()
 
@@ -254,19 +270,17 @@ def test_every_rule_has_a_case_here():
 
         return noted
 
-    original = rules.RULES
-    try:
-        rules.RULES = tuple(noting(rule) for rule in original)
-        for changes, *_, facts in [
-            *((*row, None) for row in (*REFUSED, *REPAIRED)),
-            *((*row, ON_CPU) for row in REFUSED_ON_A_CPU),
-        ]:
-            try:
-                resolve_config(configuration(changes), world_size=4, facts=facts or RunFacts())
-            except UserError:
-                continue
-    finally:
-        rules.RULES = original
+    original = (*rules.EARLY, *rules.RULES)
+    monkeypatch.setattr(resolve, "EARLY", tuple(noting(rule) for rule in rules.EARLY))
+    monkeypatch.setattr(resolve, "RULES", tuple(noting(rule) for rule in rules.RULES))
+    for changes, *_, facts in [
+        *((*row, None) for row in (*REFUSED, *REPAIRED)),
+        *((*row, ON_CPU) for row in REFUSED_ON_A_CPU),
+    ]:
+        try:
+            resolve_config(configuration(changes), world_size=4, facts=facts or RunFacts())
+        except UserError:
+            continue
     # The schema answers first where there is no optimizer type; this rule is for a file without the block.
     assert {rule.__name__ for rule in original} - answered == {"optimizer_is_named"}
     with pytest.raises(UserError, match="there is no optimizer"):
