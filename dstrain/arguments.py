@@ -83,6 +83,11 @@ class RunArguments:
     hang_timeout: float | None = flag(
         "end the run after this many seconds without progress (exit code 76)", minimum=1.0
     )
+    skip_nonfinite: int = flag(
+        "leave out up to this many batches whose loss or gradients are not finite (0: stop at the first, exit code 77)",
+        0,
+        minimum=0,
+    )
     profile: bool = flag("write a torch trace of a few steps into the run folder", False)
     report_to: list[str] = flag(
         "report.html (default) or none; trackers are blocks of the DeepSpeed JSON",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,15 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def init_distributed(timeout_s: float = 600.0) -> Launch:
+# Until the first step: one rank may tokenise for a long time while the others wait. The lifeline notices the dead.
+START_TIMEOUT = timedelta(hours=2)
+
+
+def init_distributed(timeout: timedelta = START_TIMEOUT) -> Launch:
     """Join the process group (gloo on CPU, NCCL on NVIDIA) through DeepSpeed, so that it uses the same one.
 
-    A process started by plain `python` becomes a group of one. The timeout, in seconds, acts on every collective
-    of the default group.
+    A process started by plain `python` becomes a group of one. The timeout acts on every collective of the default
+    group, until `set_timeouts`.
     """
     import deepspeed
 
@@ -36,7 +41,7 @@ def init_distributed(timeout_s: float = 600.0) -> Launch:
         )
     if not dist.is_initialized():
         use_own_programs()
-        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False)
+        deepspeed.init_distributed(timeout=timeout, verbose=False, auto_mpi_discovery=False)
         _unlink_shared_buffer(launch)
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
@@ -102,7 +107,38 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return _reduce(values, dist.ReduceOp.SUM)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, on every rank, by pickle. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def new_host_group() -> Any:
+    """A group of all ranks whose collectives run on the host (gloo) beside the training's; None for one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+
+
+def set_timeouts(seconds: float) -> None:
+    """Let every collective of every group fail after so many seconds.
+
+    DeepSpeed's `new_group` (deepspeed/comm/torch.py, 0.19.8) passes no timeout, so its groups have PyTorch's 30 minutes
+    (10 on NCCL). PyTorch has no public call for groups that exist (2.13): `_set_pg_timeout` is what DeviceMesh uses.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def leave() -> None:
-    """Destroy the process group, if there is one."""
+    """Wait for all ranks, then destroy the process group, if there is one.
+
+    A launcher that sees the first rank end with anything but 0 ends the others: they should have nothing left to do.
+    """
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -16,6 +16,10 @@ class ExitCode(IntEnum):
     VERIFY_FAILED = 78
 
 
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not a number, agreed by all ranks; its text names step, ranks and samples."""
+
+
 class UserError(ValueError):
     """One or more mistakes that the user can mend.
 

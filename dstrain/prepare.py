@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
-from dstrain.errors import ExitCode, UserError
+from dstrain.errors import ExitCode, NonFiniteError, UserError
 from dstrain.parallel import Launch
 from dstrain.run import Run, Startup
 from dstrain.run_folder import RunFolder, environment_facts
@@ -71,37 +72,48 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
     from dstrain.monitor.logs import QuietOutput
 
     with QuietOutput(Launch.from_environment().rank) as quiet:
-        run = _build(args, configuration, startup)
+        from dstrain import distributed
+        from dstrain.resilience.guard import as_non_finite
+        from dstrain.resilience.safety import Safety
+
+        safety, run = Safety(Launch.from_environment().rank), None
         try:
+            run = _build(args, configuration, startup, safety)
             _begin(run, quiet)
             with run.profiler:
                 yield run
-        except BaseException as error:
-            if run.monitor is not None:
-                run.end(*_how_it_ended(error))
+            safety.stop.signals.ignore()
+            distributed.leave()
+        except BaseException as caught:
+            error = as_non_finite(caught)
+            code, reason = _how_it_ended(error)
+            reason = safety.failing(code, reason)
+            if run is not None and run.monitor is not None:
+                run.end(code, reason)
+            if error is not caught:
+                raise error from caught
             raise
         finally:
-            if run.loader is not None:
+            safety.close()
+            if run is not None and run.loader is not None:
                 run.loader.close()
-        from dstrain import distributed
-
-        distributed.leave()
 
 
 def _how_it_ended(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, UserError):
         return ExitCode.USER_ERROR, "; ".join(error.problems)
+    if isinstance(error, NonFiniteError):
+        return ExitCode.NON_FINITE, str(error)
     return ExitCode.CRASH, f"{type(error).__name__}: {error}"
 
 
-def _build(args: Arguments, configuration: Configuration, startup: Startup) -> Run:
+def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
     from dstrain.checkpoint.manager import CheckpointManager, choose_checkpoint
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
     from dstrain.monitor.profiler import build_profiler
-    from dstrain.resilience.signals import AgreedStop
 
     launch, folder, run = Launch.from_environment(), configuration.folder, args.run
     startup.done("imports")
@@ -110,6 +122,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup) -> R
     resolved = configuration.resolved.with_facts(**_machine_facts(), hidden_size=config.get_text_config().hidden_size)
     startup.done("model_config")
     _join_process_group(resolved, launch)
+    safety.join(os.environ["MASTER_ADDR"])
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
@@ -144,7 +157,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup) -> R
         engine=engine,
         checkpoints=checkpoints,
         resume_from=checkpoint,
-        stop=AgreedStop(folder.path, run.max_time),
+        safety=safety,
         profiler=build_profiler(folder.path / "profile", run.profile and launch.is_main),
     )
 
@@ -197,6 +210,8 @@ def _begin(run: Run, quiet: Any) -> None:
     from dstrain.monitor.devices import find_peak
     from dstrain.monitor.metrics import truncate_to_step
 
+    max_time = run.args.run.max_time
+    run.safety.listen(run.folder.path, None if max_time is None else run.startup.started + max_time)
     run.state, monitor_state = run.checkpoints.load(run.resume_from) if run.resume_from else (TrainState(), None)
     run.startup.done("checkpoint")
     peak = find_peak(distributed.device(), _compute_dtype(run.resolved))
@@ -216,6 +231,37 @@ def _begin(run: Run, quiet: Any) -> None:
     if reason := run.engine.plain_loss_reason:
         run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {reason}")
     run.loader = _build_loader(run)
+    _begin_safety(run)
+    run.evaluated_step = monitor_state["evaluated_step"] if monitor_state else None
+    if run.state.step and run.eval_is_due(run.state.step):
+        run.evaluate(run.state.step)  # what a stop cut short
+
+
+def _begin_safety(run: Run) -> None:
+    from dstrain.data.loader import step_plan
+    from dstrain.data.order import Order
+    from dstrain.resilience.safety import BatchNames
+
+    resolved, parallel, train = run.resolved, run.resolved.parallel, run.data.train
+    plan = step_plan(resolved.global_batch, resolved.micro_batch, parallel.dp_rank(run.launch.rank), parallel.dp_size)
+    order = Order(len(train), run.args.run.seed)
+    run.safety.begin(
+        run.folder.logs,
+        monitor=run.monitor,
+        names=BatchNames(
+            sample_ids=lambda first: [order[first + offset] for micro in plan for offset in micro],
+            text=lambda index: run.tokenizer.decode(train[index]["input_ids"][:24]),
+        ),
+        samples_consumed=run.state.samples_consumed,
+        global_batch=resolved.global_batch,
+        hang_timeout_s=run.args.run.hang_timeout,
+        compiles=run.args.model.compile is not None,
+        scaled="float16" in (resolved.autocast_dtype, {"fp16": "float16"}.get(resolved.precision)),
+        skip_nonfinite=run.args.run.skip_nonfinite,
+        world_size=run.launch.world_size,
+        host=socket.gethostname(),
+        output_dir=str(run.folder.path.resolve()),
+    )
 
 
 def _run_json(run: Run, peak: Any) -> dict[str, Any]:

@@ -19,13 +19,14 @@ class Startup:
 
     phases: dict[str, float]
     last: float
+    started: float  # of CLOCK_BOOTTIME
 
     @classmethod
     def since_process_start(cls) -> "Startup":
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         started = ticks / os.sysconf("SC_CLK_TCK")
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return cls({"imports_and_flags": now - started}, now)
+        return cls({"imports_and_flags": now - started}, now, started)
 
     def done(self, phase: str) -> None:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -57,7 +58,7 @@ class Run:
     engine: Any  # Engine
     checkpoints: Any  # CheckpointManager
     resume_from: Path | None
-    stop: Any  # AgreedStop
+    safety: Any  # Safety
     profiler: Any
     monitor: Any = None
     state: Any = None  # TrainState
@@ -74,20 +75,26 @@ class Run:
 
         if self.data.validation is None or step == self.evaluated_step:
             return
-        loss, tokens = held_out_loss(
+        found = held_out_loss(
             self.engine,
             self.data.validation,
             self.resolved,
             self.launch.rank,
             max_batches=self.args.run.max_eval_batches,
             pad_token_id=pad_token_id(self.tokenizer),
+            goes_on=self.safety.during_evaluation,
         )
-        self.monitor.on_eval(step, loss, tokens)
+        self.safety.beat("step", step)
+        if found is None:  # a stop was agreed: the next start evaluates
+            return
+        self.monitor.on_eval(step, *found)
         self.evaluated_step = step
 
     def save(self, state: Any) -> None:
         """Save, unless this step is saved already. A collective."""
-        stats = self.checkpoints.save(state, self.monitor.state_dict())
+        self.safety.before_save(state.step)
+        stats = self.checkpoints.save(state, {**self.monitor.state_dict(), "evaluated_step": self.evaluated_step})
+        self.safety.beat("step", state.step)
         if stats is not None:
             self.monitor.on_save(state.step, stats.bytes, stats.stall_s, stats.total_s)
 
@@ -98,6 +105,7 @@ class Run:
         from dstrain.monitor.metrics import read_metrics
         from dstrain.monitor.progress import render_loss_curve
 
+        self.safety.beat("end", self.total_steps)
         sampled = self.resolved.parallel.pp_size == 1  # a stage alone cannot generate
         if sampled:
             samples = self.data.validation or self.data.train

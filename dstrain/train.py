@@ -16,9 +16,10 @@ if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file_
     sys.path.pop(0)  # running by path puts this folder first: our `data` would hide another module of that name
 
 from dstrain.arguments import parse_arguments
-from dstrain.errors import ExitCode, UserError
+from dstrain.errors import ExitCode, NonFiniteError, UserError
 from dstrain.parallel import Launch
 from dstrain.prepare import prepare, read_configuration
+from dstrain.resilience.exits import ignore_stop_signals
 from dstrain.run import Run, Startup
 
 
@@ -31,7 +32,9 @@ def train(run: Run) -> ExitCode:
         data_time_s = time.perf_counter() - start
         result = run.engine.train_batch(batches)
         state = state.advance(run.resolved.global_batch, skipped=result.skipped)
-        run.monitor.on_step(state.step, result, time.perf_counter() - start, data_time_s)
+        step_time_s = time.perf_counter() - start
+        run.monitor.on_step(state.step, result, step_time_s, data_time_s)
+        run.safety.on_step(state.step, state.samples_consumed, result, step_time_s, data_time_s)
         run.profiler.step()
         if result.skipped:
             continue
@@ -40,12 +43,13 @@ def train(run: Run) -> ExitCode:
             run.evaluate(state.step)
         if run.checkpoints.is_due(state.step):
             run.save(state)
-        if reason := run.stop.agreed():
-            run.save(state)
-            run.monitor.event(state.step, "stop", reason)
-            return ExitCode.STOPPED
+        if run.safety.stop.agreed():
+            break
     run.evaluate(state.step)
     run.save(state)
+    if reason := run.safety.stop.reason:
+        run.monitor.event(state.step, "stop", reason)
+        return ExitCode.STOPPED
     run.show_results()
     return ExitCode.FINISHED
 
@@ -57,21 +61,25 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_arguments(argv)
         with prepare(args, read_configuration(args), startup) as run:
             exit_code = train(run)
-            run.end(exit_code, {0: "finished", 75: "stopped on request, after saving"}[exit_code])
+            run.end(exit_code, {0: "finished", 75: f"stopped after saving: {run.safety.stop.reason}"}[exit_code])
             return exit_code
+    except NonFiniteError as error:
+        return report_problems([str(error)], ExitCode.NON_FINITE)
     except UserError as error:
-        return report_user_error(error)
+        return report_problems(error.problems, ExitCode.USER_ERROR)
 
 
-def report_user_error(error: UserError) -> int:
-    """One line per problem on stderr, once per host: every rank finds the same mistake."""
+def report_problems(problems: list[str], exit_code: ExitCode) -> int:
+    """One line per problem on stderr, once per host: every rank finds the same."""
     if Launch.from_environment().is_main_on_host:
-        for problem in error.problems:
+        for problem in problems:
             print(f"dstrain: error: {problem}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # a launcher ends all ranks when the first ends: let the one that speaks be the first
-    return int(ExitCode.USER_ERROR)
+    return int(exit_code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    ignore_stop_signals()
+    sys.exit(exit_code)

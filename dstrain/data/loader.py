@@ -50,7 +50,7 @@ def num_tokens(batch: MicroBatch) -> torch.Tensor:
     return count.sum()
 
 
-def _step_plan(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
+def step_plan(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
     """Offsets into the step's samples of each of this rank's micro-batches."""
     per_round = micro_batch * dp_size
     assert global_batch % per_round == 0, f"{global_batch} is not a multiple of {micro_batch} x {dp_size}"
@@ -74,7 +74,7 @@ def build_loader(
     Step i reads positions samples_consumed + i * global_batch ... of the order; micro-batch k of rank r takes
     micro_batch positions from (k * dp_size + r) * micro_batch on. Call `close()` (or use `with`) when done.
     """
-    plan = _step_plan(global_batch, micro_batch, dp_rank, dp_size)
+    plan = step_plan(global_batch, micro_batch, dp_rank, dp_size)
 
     def steps() -> Iterator[list[MicroBatch]]:
         order = Order(len(samples), seed)
@@ -152,7 +152,7 @@ def eval_batches(
 
     The last batch is filled up with copies of the last sample that carry no loss, so every rank gets as many.
     """
-    plan = _step_plan(global_batch, micro_batch, dp_rank, dp_size)
+    plan = step_plan(global_batch, micro_batch, dp_rank, dp_size)
     num_batches = -(-len(samples) // global_batch)
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)

@@ -1,0 +1,137 @@
+"""The watchdog: a run that makes no progress ends by itself, with 76, and leaves behind what every rank was doing.
+
+It is a thread, so it acts while the main thread is stuck in a collective or in C code. Behind it stands a kernel timer
+that needs no interpreter lock (`ExitTimer`), wound up by the thread, for C code that never gives the lock back.
+"""
+
+import faulthandler
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from dstrain import distributed
+from dstrain.errors import ExitCode
+from dstrain.resilience.exits import ExitTimer, exit_now
+
+# Without --hang_timeout: this many median steps, and never less than the floor. What is not a step has no median.
+MEDIAN_STEPS = 20.0
+FLOOR_S = {"step": 300.0, "evaluation": 300.0, "save": 1800.0, "end": 600.0}
+COMPILE_S = 1800.0  # the first evaluation of a compiled model
+_MARGIN_S = 10.0  # what the thread gets before the kernel's timer
+_MIN_GROUP_TIMEOUT_S = 60.0
+
+
+class Watchdog:
+    """Watches from the end of the first step on: start-up and the first compilation take what they take.
+
+    timeout_s: seconds without a beat, or None for a multiple of the median step. compiles: the model is compiled.
+    describe: what the last batch was, for the file of the hang. last_words: writes event and summary.
+    tell: says to the other ranks why this one ends.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        rank: int,
+        *,
+        timeout_s: float | None = None,
+        compiles: bool = False,
+        describe: Callable[[], str] = str,
+        last_words: Callable[[ExitCode, str, str], None] = lambda code, name, text: None,
+        tell: Callable[[int, str], None] = lambda code, text: None,
+    ):
+        self.file = logs / f"hang_rank_{rank}.txt"
+        self.timeout_s = timeout_s
+        self._first_evaluation = compiles
+        self._describe = describe
+        self._last_words = last_words
+        self._tell = tell
+        self._steps: deque[float] = deque(maxlen=50)
+        self._activity, self._step, self._since = "start", 0, time.monotonic()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Lock()
+
+    def beat(self, activity: str, step: int) -> None:
+        """Progress: `activity` ("step", "evaluation", "save" or "end") is what comes next, after `step` steps."""
+        now = time.monotonic()
+        if self._activity == "step" == activity and self._thread is not None:
+            self._steps.append(now - self._since)
+        if self._activity == "evaluation" == activity:
+            self._first_evaluation = False
+        self._activity, self._step, self._since = activity, step, now
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="dstrain-watchdog", daemon=True)
+            self._thread.start()
+            distributed.set_timeouts(self.group_timeout_s)
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds that the present activity may take."""
+        if self._activity == "evaluation" and self._first_evaluation:
+            return max(COMPILE_S, self.timeout_s or 0.0)
+        if self._activity == "end":
+            return max(FLOOR_S["end"], self.timeout_s or 0.0)
+        if self.timeout_s is not None:
+            return self.timeout_s
+        steps = list(self._steps)
+        return max(FLOOR_S[self._activity], MEDIAN_STEPS * statistics.median(steps) if steps else 0.0)
+
+    @property
+    def group_timeout_s(self) -> float:
+        """For the process groups: later than the watchdog, which knows more, and before anybody's patience ends."""
+        return max(FLOOR_S["save"] if self.timeout_s is None else self.timeout_s, _MIN_GROUP_TIMEOUT_S) + 30.0
+
+    def _watch(self) -> None:
+        last_resort = ExitTimer(ExitCode.HUNG)
+        while True:
+            limit = self.limit_s
+            last_resort.push(limit + 2 * _MARGIN_S)
+            faulthandler.dump_traceback_later(limit + _MARGIN_S, file=sys.stderr)
+            if self._stop.wait(min(1.0, limit / 10)):
+                break
+            if (seconds := time.monotonic() - self._since) > limit:
+                self.bark(f"no progress for {seconds:.0f} s in {self._activity} {self._place()}")
+        last_resort.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _place(self) -> str:
+        return f"{self._step + 1}" if self._activity == "step" else f"after step {self._step}"
+
+    def bark(self, text: str, *, told: bool = False) -> None:
+        """Write down what this rank is doing and end it with 76. told: another rank said so first."""
+        if not self._ended.acquire(blocking=False):
+            return
+        if not told:
+            self._tell(ExitCode.HUNG, text)
+
+        def last_words() -> None:
+            self.write_stacks(text)
+            self._last_words(
+                ExitCode.HUNG, "hang", f"{text}; stacks of all ranks are in {self.file.parent}/hang_rank_*.txt"
+            )
+
+        exit_now(ExitCode.HUNG, last_words)
+
+    def write_stacks(self, text: str) -> None:
+        """Python stacks of all threads of this rank, the last step and the last batch, to `logs/hang_rank_N.txt`."""
+        seconds = time.monotonic() - self._since
+        with open(self.file, "a") as out:
+            out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {text}\n")
+            out.write(
+                f"this rank: {self._activity} {self._place()}, for {seconds:.1f} s; last completed step {self._step}\n"
+            )
+            out.write(f"last batch: {self._describe()}\n\n")
+            out.flush()
+            faulthandler.dump_traceback(out, all_threads=True)
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
