@@ -64,18 +64,12 @@ def _segments(model: nn.Module, graph: LayerGraph) -> list[set[str]]:
     return segments
 
 
-def _lookup_only(model: nn.Module, graph: LayerGraph) -> set[str]:
-    """Parameters that cost memory but no arithmetic: embeddings, where they are looked up and not multiplied."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {name for name, p in model.named_parameters() if id(p) in tables and name in graph.before}
-
-
-def _cut(costs: list[list[tuple[int, int]]], allowed: list[bool], num_stages: int) -> tuple[int, ...]:
+def _cut(costs: list[list[tuple[float, int]]], allowed: list[bool], num_stages: int) -> tuple[int, ...]:
     """Bounds with the least largest cost of a stage; empty if there are none. costs[a][b]: of layers a .. b - 1."""
     n = len(allowed)
-    best: list[dict[int, tuple[tuple[int, int], tuple[int, ...]]]] = [{0: ((0, 0), (0,))}]
+    best: list[dict[int, tuple[tuple[float, int], tuple[int, ...]]]] = [{0: ((0, 0), (0,))}]
     for _ in range(num_stages):
-        ends: dict[int, tuple[tuple[int, int], tuple[int, ...]]] = {}
+        ends: dict[int, tuple[tuple[float, int], tuple[int, ...]]] = {}
         for start, (cost, bounds) in best[-1].items():
             for end in range(start + 1, n + 1):
                 if end < n and not allowed[end]:
@@ -102,19 +96,17 @@ def plan_pipeline(model: nn.Module, num_stages: int, inputs: Mapping[str, Tensor
 
 
 def plan_stages(model: nn.Module, graph: LayerGraph, num_stages: int) -> PipelinePlan:
-    """The best balanced stages: first by time (parameters that are multiplied, the head among them), then by memory
-    (all parameters, the embedding among them). Raises NotAChainError if there are none."""
+    """The best balanced stages: first by time (matrix products, the head's among them), then by memory (parameters, the
+    embedding's among them). Raises NotAChainError if there are none."""
     n = graph.num_layers
     if num_stages > n:
         raise NotAChainError(f"it has only {n} layers")
     allowed = [not any(made < cut <= read for made, read in graph.leaks) for cut in range(n)]
     segments, size = _segments(model, graph), {name: p.numel() for name, p in model.named_parameters()}
-    looked_up = _lookup_only(model, graph)
 
-    def cost(start: int, end: int) -> tuple[int, int]:
+    def cost(start: int, end: int) -> tuple[float, int]:
         names: set[str] = set().union(*segments[start:end])
-        time = sum(size[name] for name in names if name not in looked_up or (name in graph.needs[n - 1] and end == n))
-        return time, sum(size[name] for name in names)
+        return sum(graph.flops[start:end]), sum(size[name] for name in names)
 
     costs = [[cost(a, b) if b > a else (0, 0) for b in range(n + 1)] for a in range(n)]
     bounds = _cut(costs, allowed, num_stages)

@@ -1,5 +1,7 @@
 """Build the stage of one rank: planned on meta, then only its own weights made or read."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,8 +55,8 @@ def _load_own(
             super().__init__(*args, **kwargs)
             prune(self, plan.needs[index])
             own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-            tied = vars(self)["all_tied_weights_keys"]
-            vars(self)["all_tied_weights_keys"] = {a: b for a, b in tied.items() if {a, b} <= own}
+            this: Any = self
+            this.all_tied_weights_keys = {a: b for a, b in this.all_tied_weights_keys.items() if {a, b} <= own}
 
     options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}
     name = margs.model_name_or_path

@@ -55,6 +55,7 @@ class LayerGraph:
 
     needs[i]: names of the parameters that work between the input of layer i and that of layer i + 1 (or the end).
     outputs[i]: output of layer i with a Leaf for each tensor. echoes[i]: tensors layer i leaves for the end.
+    flops[i]: matrix products of the forward between the input of layer i and that of layer i + 1, in the probe.
     leaks: (i, j): layer j reads what layer i made, around the layers between.
     """
 
@@ -64,6 +65,7 @@ class LayerGraph:
     needs: list[frozenset[str]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     echoes: list[tuple[Echo, ...]] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
     leaks: set[tuple[int, int]] = field(default_factory=set)
     before: frozenset[str] = frozenset()  # parameters that work before the first layer
 

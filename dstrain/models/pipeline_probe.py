@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dstrain.models.pipeline_graph import Echo, LayerGraph, Leaf, NotAChainError, Slot, put, tensors
 
@@ -51,6 +52,7 @@ class _Marks(TorchDispatchMode):
         self.kept: list[Any] = []  # storages stay alive, so that an address names one storage only
         self.segment = 0
         self.crossing: set[int] = set()  # storages of earlier segments that this one read
+        self.flops: dict[int, float] = {}  # multiplications and additions of matrix products, by segment
 
     def set(self, tensor: Tensor, mask: int) -> None:
         storage = tensor.untyped_storage()
@@ -67,6 +69,8 @@ class _Marks(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops[self.segment] = self.flops.get(self.segment, 0) + count(*args, **kwargs, out_val=output)
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         mask = 0
         for tensor in inputs:
@@ -196,6 +200,8 @@ class _Probe:
                 echoes[i] = tuple(_echo(places) for places in made.values())  # in the order they were made
                 self.graph.leaks.discard((i, last))
         self.graph.echoes = echoes
+        self.graph.flops = [self.marks.flops.get(self.segment(i), 0.0) for i in range(self.graph.num_layers)]
+        self.graph.flops[0] += self.marks.flops.get(self.segment(-1), 0.0)
         return self.graph
 
     def run(self, weights: dict[str, Tensor], inputs: Mapping[str, Tensor]) -> LayerGraph:
