@@ -4,8 +4,8 @@
     dstrain config explain ds_configs/zero2.json --set optimizer.params.lr=1e-4
     dstrain config migrate old.json > new.json
 
-Each subcommand lives in a module of its own with `add_arguments(parser)` and `run(args) -> int`, imported only when
-asked for, so that `dstrain config` answers without torch.
+Each subcommand lives in a module of its own, imported only when asked for, so that `dstrain config` answers without
+torch: with `add_arguments(parser)` and `run(args) -> int`, or, where the words are flags of train.py, `main(argv) -> int`.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from dstrain.errors import ExitCode, UserError
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("dstrain.config.commands", "check, explain or migrate a DeepSpeed JSON"),
+    "verify": ("dstrain.verify", "compare this configuration with plain torch on a shallower model"),
+    "checkpoint": ("dstrain.checkpoint.cli", "verify, list, show or convert checkpoints"),
+    "export": ("dstrain.checkpoint.export", "write a checkpoint as a Hugging Face folder"),
 }
 
 
@@ -47,6 +50,8 @@ def dispatch(argv: list[str]) -> int:
     top.add_argument("command", choices=COMMANDS, metavar="command")
     command = top.parse_args(argv[:1] or ["--help"]).command
     module = import_module(COMMANDS[command][0])
+    if hasattr(module, "main"):
+        return module.main(argv[1:])
     parser = Parser(prog=f"dstrain {command}", description=COMMANDS[command][1])
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv[1:]))

@@ -110,7 +110,8 @@ def _how_it_ended(error: BaseException) -> tuple[ExitCode, str]:
 def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
-    from dstrain.checkpoint.manager import CheckpointManager, choose_checkpoint
+    from dstrain.checkpoint.export import model_files
+    from dstrain.checkpoint.manager import CheckpointManager
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
     from dstrain.monitor.profiler import build_profiler
@@ -130,10 +131,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     total_steps = run.max_steps if run.max_steps > 0 else math.ceil(samples / resolved.global_batch)
     resolved = resolved.with_total_steps(total_steps)
     identity = _identity(config, data.samples_sha256, run.seed, block_size, resolved.global_batch)
-    checkpoint = None
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
-        checkpoint = choose_checkpoint(folder.checkpoints, run.resume_from_checkpoint)
     model = _build_model(args, config, resolved, launch.rank)
     startup.done("model")
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
@@ -141,7 +140,13 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     engine = build_engine(model, resolved, compile=args.model.compile)
     startup.done("engine")
     checkpoints = CheckpointManager(
-        folder.checkpoints, engine.deepspeed, save_steps=run.save_steps, save_total_limit=run.save_total_limit
+        folder.checkpoints,
+        engine.deepspeed,
+        save_steps=run.save_steps,
+        save_total_limit=run.save_total_limit,
+        background=True,
+        model_files=lambda: model_files(engine.model, tokenizer),
+        description={"arguments": args.to_dict(), "identity": identity},
     )
     return Run(
         args=args,
@@ -156,7 +161,6 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         total_steps=total_steps,
         engine=engine,
         checkpoints=checkpoints,
-        resume_from=checkpoint,
         safety=safety,
         profiler=build_profiler(folder.path / "profile", run.profile and launch.is_main),
     )
@@ -212,29 +216,38 @@ def _begin(run: Run, quiet: Any) -> None:
 
     max_time = run.args.run.max_time
     run.safety.listen(run.folder.path, None if max_time is None else run.startup.started + max_time)
-    run.state, monitor_state = run.checkpoints.load(run.resume_from) if run.resume_from else (TrainState(), None)
+    flags = run.args.run
+    restored = None if flags.overwrite_output_dir else run.checkpoints.restore(flags.resume_from_checkpoint)
+    run.state = restored.state if restored else TrainState()
     run.startup.done("checkpoint")
     peak = find_peak(distributed.device(), _compute_dtype(run.resolved))
     if run.launch.is_main:
-        if run.args.run.overwrite_output_dir:
+        if flags.overwrite_output_dir:
             run.folder.clear()
         run.folder.create()
         run.folder.write(_run_json(run, peak))
     distributed.barrier()
     quiet.attach(run.folder.path)
     run.monitor = _build_monitor(run, peak)
-    open_steps = run.monitor.load_state_dict(monitor_state) if monitor_state else 0
+    open_steps = run.monitor.load_state_dict(restored.extra) if restored else 0
     if run.launch.is_main:
         truncate_to_step(run.folder.path, run.state.step, open_steps)
-    if run.resume_from is not None:
-        run.monitor.event(run.state.step, "resume", f"from {run.resume_from}")
+    for name, text in _restore_events(restored):
+        run.monitor.event(run.state.step, name, text)
     if reason := run.engine.plain_loss_reason:
         run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {reason}")
     run.loader = _build_loader(run)
     _begin_safety(run)
-    run.evaluated_step = monitor_state["evaluated_step"] if monitor_state else None
+    run.evaluated_step = restored.extra["evaluated_step"] if restored else None
     if run.state.step and run.eval_is_due(run.state.step):
         run.evaluate(run.state.step)  # what a stop cut short
+
+
+def _restore_events(restored: Any) -> list[tuple[str, str]]:
+    """What a resumed run has to say first: (name, text) of each event."""
+    if restored is None:
+        return []
+    return [("resume", f"from {restored.path}"), *(("resume_note", note) for note in restored.notes)]
 
 
 def _begin_safety(run: Run) -> None:

@@ -57,7 +57,6 @@ class Run:
     total_steps: int
     engine: Any  # Engine
     checkpoints: Any  # CheckpointManager
-    resume_from: Path | None
     safety: Any  # Safety
     profiler: Any
     monitor: Any = None
@@ -91,12 +90,20 @@ class Run:
         self.evaluated_step = step
 
     def save(self, state: Any) -> None:
-        """Save, unless this step is saved already. A collective."""
+        """Begin to save, unless this step is saved already; the background writes. A collective."""
         self.safety.before_save(state.step)
-        stats = self.checkpoints.save(state, {**self.monitor.state_dict(), "evaluated_step": self.evaluated_step})
+        self.checkpoints.save(state, {**self.monitor.state_dict(), "evaluated_step": self.evaluated_step})
         self.safety.beat("step", state.step)
-        if stats is not None:
-            self.monitor.on_save(state.step, stats.bytes, stats.stall_s, stats.total_s)
+
+    def note_saves(self) -> None:
+        """A line for each checkpoint that the background has committed meanwhile. Never waits."""
+        for stats in self.checkpoints.finished():
+            self.monitor.on_save(stats.step, stats.bytes, stats.stall_s, stats.total_s)
+
+    def finish_saves(self) -> None:
+        """Wait until the last checkpoint is on the disk. A collective."""
+        self.checkpoints.close()
+        self.note_saves()
 
     def show_results(self) -> None:
         """The loss curve and a sample of generated text, on the screen and for the report. A collective."""
@@ -117,7 +124,9 @@ class Run:
                 print(render_loss_curve(points), file=screen())
             if sampled:
                 self.folder.update(sample={"prompt": prompt, "text": text})
-                print(f"A sample, continuing {prompt!r}:\n{text}", file=screen())
+                # A young model may write control characters, which a terminal would obey.
+                shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+                print(f"A sample, continuing {prompt!r}:\n{shown}", file=screen())
 
     def end(self, exit_code: ExitCode, reason: str) -> None:
         """Write the summary and the report."""

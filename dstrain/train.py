@@ -43,10 +43,12 @@ def train(run: Run) -> ExitCode:
             run.evaluate(state.step)
         if run.checkpoints.is_due(state.step):
             run.save(state)
+        run.note_saves()
         if run.safety.stop.agreed():
             break
     run.evaluate(state.step)
     run.save(state)
+    run.finish_saves()
     if reason := run.safety.stop.reason:
         run.monitor.event(state.step, "stop", reason)
         return ExitCode.STOPPED
