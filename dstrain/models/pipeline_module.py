@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstrain.errors import UserError
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 from dstrain.models.pipeline import PipelinePlan
 from dstrain.models.stage import Stage
@@ -93,6 +94,10 @@ class PipeStage(Stage):
         loss, _ = token_loss(partial(self.run, carried), self.head, batch)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
         return loss * self._scale
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """A stage leaves the model's forward in the middle, which a compiled whole cannot. Raises UserError."""
+        raise UserError("--compile whole is not possible with pipeline.stages above 1: write --compile layer")
 
     def check_head(self) -> str | None:
         """`check_loss_head` for the last stage, on made-up hidden states; no collective."""

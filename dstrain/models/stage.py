@@ -52,10 +52,11 @@ class Stage(nn.Module):
         assert isinstance(layers, nn.ModuleList)
         for i, layer in enumerate(layers):
             if i >= self.end:
-                layer.forward = partial(self._leave, i)
+                layer.forward, layer.compile = partial(self._leave, i), _nothing
             elif i < self.first:
-                layer.forward = partial(self._pass_through, i)
+                layer.forward, layer.compile = partial(self._pass_through, i), _nothing
             else:
+                layer.compile = partial(_compile_forward, layer)
                 for echo in graph.echoes[i]:
                     module, leaf, _ = echo.places[0]
                     self.model.get_submodule(module).register_forward_hook(partial(self._record, leaf))
@@ -165,6 +166,15 @@ def _stub(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
     zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
     zeros._is_hf_initialized = True  # Hugging Face's initialisers leave such a tensor alone
     return zeros
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Foreign layers have nothing to compile."""
+
+
+def _compile_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """`layer.compile` without the layer's hooks: what the pipe hands over changes with every micro-batch."""
+    layer.forward = torch.compile(layer.forward, *args, **kwargs)
 
 
 def _disable_cache(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ from dstrain.models.pipeline import plan_pipeline, plan_stages
 from dstrain.models.pipeline_build import build_stage
 from dstrain.models.pipeline_module import pack, unpack
 from dstrain.models.pipeline_probe import probe_layers
+from dstrain.models.stage import Stage
 from tests.architectures import model_types, tiny_config, tiny_inputs, tiny_model
-from tests.sweep_architectures import compare
+from tests.sweep_architectures import compare, run_stages
 
 STORIES = "/work/shared/data/models/stories15M-hf-bf16"
 
@@ -75,6 +76,19 @@ def test_the_head_counts_in_the_balance():
     with torch.device("meta"):
         plan = plan_pipeline(AutoModelForCausalLM.from_config(config), 2)
     assert plan.bounds == (0, 3, 4)
+
+
+def test_compiled_layers_give_the_same_loss():
+    """The engine compiles every layer of the list, also those of other stages."""
+    inputs = tiny_inputs("llama")
+    plan = plan_pipeline(tiny_model("llama", device="meta"), 2)
+    losses = []
+    for compiled in (False, True):
+        stages = [Stage(tiny_model("llama"), plan, k) for k in range(2)]
+        for layer in [layer for stage in stages for layer in stage.model.model.layers] if compiled else []:
+            layer.compile(backend="aot_eager")
+        losses.append(run_stages(stages, inputs).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_no_chain_is_refused_with_the_reason():
