@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from dstrain.models.config import max_positions
+
 
 @torch.no_grad()
 def sample_text(
@@ -15,13 +17,15 @@ def sample_text(
     """
     module = engine.deepspeed.module
     module.eval()
+    positions = max_positions(module.config) or prompt_tokens + max_new_tokens
+    prompt_tokens = min(prompt_tokens, positions // 2)
     ids = torch.tensor(samples[0]["input_ids"][:prompt_tokens].astype("int64"), device=engine.device)[None]
     state = torch.get_rng_state()
     torch.manual_seed(seed)  # the same draws on every rank
     output = module.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
         do_sample=True,
         top_k=50,
         use_cache=True,
