@@ -190,6 +190,9 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
     if launch.is_main_on_host:
         builders = required_builders(resolved.deepspeed, resolved.facts.device)
         build_ops(builders, say=lambda text: print(text, file=screen()))
+    if "RANK" not in os.environ and any(name.startswith("ACCELERATE_") for name in os.environ):
+        why = "without --use_deepspeed it starts one on a machine without GPUs"
+        print(f"accelerate started one plain process ({why}): training in one process", file=screen())
     distributed.init_distributed()
 
 
