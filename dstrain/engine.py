@@ -18,6 +18,7 @@ from dstrain.config import ResolvedConfig, read_effective
 from dstrain.data.loader import num_tokens
 from dstrain.errors import UserError
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
+from dstrain.models.sequence import WholeSequences, build_sequence_parallel
 from dstrain.models.tensor import gradient_norm
 
 Batch = dict[str, torch.Tensor]
@@ -32,7 +33,8 @@ class StepResult:
     learning_rate: float  # the one this step used
     tokens: torch.Tensor  # label tokens of the global batch
     tokens_processed: torch.Tensor  # input tokens of the global batch, without padding
-    skipped: bool = False  # the fp16 loss scaler overflowed: no step was taken
+    skipped: bool = False  # the gradients were not finite (fp16: the loss scaler overflowed): no step was taken
+    rank_loss: torch.Tensor | float = 0.0  # sum of token losses of this rank's own samples: not equal on every rank
 
 
 class Engine(Protocol):
@@ -60,10 +62,13 @@ class Engine(Protocol):
 class ZeroEngine:
     """ZeRO 0-3, with tensor and sequence parallelism: every rank runs the whole depth of the model."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, head: LossHead, resolved: ResolvedConfig):
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, head: LossHead, resolved: ResolvedConfig, sequence: WholeSequences
+    ):
         self.deepspeed = engine
         self.head = head
         self.resolved = resolved
+        self.sequence = sequence
         self.device = engine.device
 
     @property
@@ -84,21 +89,27 @@ class ZeroEngine:
         engine = self.deepspeed
         engine.train()
         batches = [to_device(batch, self.device) for batch in batches]
-        tokens, processed = self._sum(torch.stack([count_tokens(batch) for batch in batches]).sum(0))
-        # DeepSpeed averages over the micro-batches and over the ranks that share gradients; the loss is a sum over
-        # label tokens divided by their global number, whatever rank or micro-batch they stand in.
-        scale = len(batches) * self._gradient_ranks / tokens.clamp(min=1)
+        dims = self.resolved.parallel
+        counts = torch.stack([count_tokens(batch) for batch in batches]).sum(0)
+        tokens, processed = _sum(counts, copies=dims.tp_size * dims.sp_size)
+        # DeepSpeed averages over the micro-batches and over ranks; the loss is a sum over label tokens divided by their
+        # global number, wherever they stand.
+        scale = len(batches) * dims.gradient_ranks(self.resolved.zero_stage) / tokens.clamp(min=1)
         learning_rate = engine.get_lr()[0]
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        grad_norm = None
+        grad_norm, skipped = None, False
         for i, batch in enumerate(batches):
-            loss, _ = token_loss(engine, self.head, batch)
+            loss, _ = token_loss(engine, self.head, self.sequence.part(batch))
             engine.backward(loss * scale.to(loss.dtype))
             loss_sum += loss.detach()
             if i == len(batches) - 1 and self.resolved.zero_stage == 0:
                 grad_norm = self._plain_grad_norm()
-            engine.step()
-        (loss_sum,) = self._sum(loss_sum.reshape(1))
+                skipped = self.resolved.precision == "fp32" and not bool(torch.isfinite(grad_norm))
+            if skipped:
+                self._leave_out_step()
+            else:
+                engine.step()
+        rank_loss, loss_sum = loss_sum, _sum(loss_sum.clone(), copies=dims.tp_size)
         if grad_norm is None:
             grad_norm = engine.get_global_grad_norm()
         return StepResult(
@@ -107,7 +118,8 @@ class ZeroEngine:
             learning_rate=learning_rate,
             tokens=tokens,
             tokens_processed=processed,
-            skipped=not engine.was_step_applied(),
+            rank_loss=rank_loss,
+            skipped=skipped or not engine.was_step_applied(),
         )
 
     @torch.no_grad()
@@ -117,28 +129,32 @@ class ZeroEngine:
         tokens = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             batch = to_device(batch, self.device)
-            loss, _ = token_loss(self.deepspeed, self.head, batch)
+            loss, _ = token_loss(self.deepspeed, self.head, self.sequence.part(batch))
             loss_sum += loss
             tokens += count_tokens(batch)[0]
-        loss_sum, tokens = self._sum(torch.stack([loss_sum, tokens]))
-        return loss_sum, tokens
+        dims = self.resolved.parallel
+        return _sum(loss_sum, copies=dims.tp_size), _sum(tokens, copies=dims.tp_size * dims.sp_size)
 
-    @property
-    def _gradient_ranks(self) -> int:
-        """Ranks over which DeepSpeed averages gradients."""
-        return self.resolved.parallel.dp_size * self.resolved.parallel.sp_size
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a 1-d tensor over all ranks, counting a sample once that tensor-parallel peers share."""
-        if dist.get_world_size() > 1:
-            dist.all_reduce(values)
-        return values / self.resolved.parallel.tp_size
+    def _leave_out_step(self) -> None:
+        """What DeepSpeed's ZeRO optimizers do by themselves when gradients are not finite (`_take_model_step`)."""
+        engine = self.deepspeed
+        engine.optimizer.zero_grad()
+        engine.micro_steps += 1
+        engine.global_steps += 1
+        engine.skipped_steps += 1
 
     def _plain_grad_norm(self) -> torch.Tensor:
         """ZeRO-0 keeps whole, already averaged gradients on every rank, and its optimizers keep no norm."""
         group = groups.get_tensor_model_parallel_group() if self.resolved.parallel.tp_size > 1 else None
         norm = gradient_norm(self.deepspeed.module.parameters(), group)
         return norm / (self.deepspeed.loss_scale() or 1.0) if self.resolved.precision == "fp16" else norm
+
+
+def _sum(values: torch.Tensor, *, copies: int) -> torch.Tensor:
+    """Sum over all ranks, of which so many hold the same values."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values / copies
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -174,11 +190,13 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
         from dstrain.models.pipeline_module import build_pipeline_module
 
         model = build_pipeline_module(stage, resolved.parallel, dist.get_rank())
+    sequence = build_sequence_parallel(model, resolved.parallel)
     weight_decay = resolved.deepspeed["optimizer"].get("params", {}).get("weight_decay", 0.0)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, weight_decay),
         config=resolved.deepspeed,
+        mpu=sequence.mpu,
         dist_init_required=False,
     )
     problems = resolved.compare_effective(read_effective(engine))
@@ -191,7 +209,8 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
     else:
         head = install_fused_loss(model)
         check_loss_head(engine, head, model.config.get_text_config().vocab_size)
-        result = ZeroEngine(engine, head, resolved)
+        sequence.check(engine, head)
+        result = ZeroEngine(engine, head, resolved, sequence)
     if compile == "layer":
         for layer in decoder_layers(model):
             layer.compile()

@@ -22,14 +22,15 @@ def sample_text(
     ids = torch.tensor(samples[0]["input_ids"][:prompt_tokens].astype("int64"), device=engine.device)[None]
     state = torch.get_rng_state()
     torch.manual_seed(seed)  # the same draws on every rank
-    output = module.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
-        do_sample=True,
-        top_k=50,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )[0]
+    with engine.sequence.whole():
+        output = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
+            do_sample=True,
+            top_k=50,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )[0]
     torch.set_rng_state(state)
     return tokenizer.decode(ids[0]), tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)

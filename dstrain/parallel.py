@@ -44,6 +44,14 @@ class ParallelDims:
         """Ranks groups that read different samples."""
         return self.world_size // self.model_parallel_size
 
+    def gradient_ranks(self, zero_stage: int) -> int:
+        """Ranks over which DeepSpeed averages gradients; over the others that share a replica it sums.
+
+        Sequence-parallel ranks are summed over below stage 3 (deepspeed 0.19.8, engine.py:3884, stage_1_and_2.py:1508);
+        the reduce-scatter of stage 3 averages over all (runtime/comm/coalesced_collectives.py:124).
+        """
+        return self.dp_size * (self.sp_size if zero_stage == 3 else 1)
+
     def dp_rank(self, rank: int) -> int:
         return rank // (self.tp_size * self.sp_size) % self.dp_size
 

@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,6 +89,8 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
             error = as_non_finite(caught)
             code, reason = _how_it_ended(error)
             reason = safety.failing(code, reason)
+            if code == ExitCode.CRASH:
+                traceback.print_exc()  # into the rank's log; the screen gets it when this process ends
             if run is not None and run.monitor is not None:
                 run.end(code, reason)
             if error is not caught:
@@ -114,13 +117,20 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     from dstrain.checkpoint.manager import CheckpointManager
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
+    from dstrain.models.sequence import check_sequence_parallel
+    from dstrain.models.tensor import partition_config
     from dstrain.monitor.profiler import build_profiler
 
     launch, folder, run = Launch.from_environment(), configuration.folder, args.run
     startup.done("imports")
     config = load_model_config(args.model)
     tokenizer, block_size = _build_tokenizer(args, config)
-    resolved = configuration.resolved.with_facts(**_machine_facts(), hidden_size=config.get_text_config().hidden_size)
+    check_sequence_parallel(config, configuration.resolved.parallel)
+    resolved = configuration.resolved.with_facts(
+        **_machine_facts(),
+        hidden_size=config.get_text_config().hidden_size,
+        partition_config=partition_config(config, configuration.resolved.parallel),
+    )
     startup.done("model_config")
     _join_process_group(resolved, launch)
     safety.join(os.environ["MASTER_ADDR"])

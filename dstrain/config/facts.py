@@ -1,6 +1,7 @@
 """What the rules need to know about the run beside its JSON."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class RunFacts:
     source: name of the JSON for messages. device: "cpu" or "cuda". device_supports_fp16 and has_libaio: what the
     machine offers. hidden_size: the model's width. total_steps: optimizer steps of the whole run. max_micro_batch: the
     largest micro-batch that the memory plan allows. config_only: only the file is looked at (`dstrain config check`),
-    so flags such as --gradient_checkpointing are not known.
+    so flags such as --gradient_checkpointing are not known. partition_config: AutoTP's, where the model needs one.
     """
 
     source: str = "the DeepSpeed JSON"
@@ -24,6 +25,7 @@ class RunFacts:
     total_steps: int | None = None
     max_micro_batch: int | None = None
     config_only: bool = False
+    partition_config: dict[str, Any] | None = None
 
 
 NO_FACTS = RunFacts()

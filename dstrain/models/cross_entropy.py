@@ -191,7 +191,7 @@ def linear_cross_entropy(
 
     hidden [..., width], weight [vocabulary, width], bias [vocabulary] or None, target int64 [...] already shifted,
     -100 where no loss is taken (such tokens cost nothing). Returns a fp32 scalar; all masked gives 0. Under autocast
-    the products are in its dtype. With a shard, weight and bias are this rank's rows; the loss and the gradient of hidden
+    the products are in its dtype. With a shard, weight and bias are this rank's rows; loss and gradient of hidden
     are whole on every rank of the group. Double backward is not supported.
     """
     device = hidden.device.type

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dstrain.errors import UserError
 from dstrain.models.cross_entropy import VocabularyShard
+from dstrain.parallel import ParallelDims
 
 
 def vocabulary_shard(module: Any) -> VocabularyShard | None:
@@ -30,3 +32,48 @@ def gradient_norm(parameters: Iterable[nn.Parameter], group: Any) -> Tensor:
     if group is not None:
         dist.all_reduce(squared[1], group=group)
     return squared.sum().sqrt()
+
+
+def partition_config(config: Any, dims: ParallelDims) -> dict[str, Any] | None:
+    """`tensor_parallel.partition_config` for a model whose own plan AutoTP refuses because of its experts; else None.
+
+    The plan is transformers' (`base_model_tp_plan` of the configuration, `_tp_plan` of the class). A layer's experts
+    are one fused parameter, which AutoTP cannot divide: they stay whole on every rank, and the rest is divided.
+    Raises UserError for a model that has no plan, or one that cannot be followed.
+    """
+    if dims.tp_size == 1:
+        return None
+    from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES, TPPlanConverter
+
+    plan = _plan(config)
+    kept = {pattern: style for pattern, style in plan.items() if "experts" not in pattern.split(".")}
+    unknown = sorted(set(kept.values()) - SUPPORTED_STYLES)
+    if not any("layers" in pattern for pattern in kept) or unknown:
+        reason = (
+            f"asks for {', '.join(unknown)}, which AutoTP does not know" if unknown else "is missing in transformers"
+        )
+        raise UserError(
+            f"tensor_parallel.autotp_size {dims.tp_size}: the tensor-parallel plan of {config.model_type} {reason}: "
+            "use sequence_parallel_size, pipeline.stages or ZeRO, or write tensor_parallel.partition_config"
+        )
+    if kept == plan:
+        return None
+    specs = [
+        {
+            "patterns": spec.patterns,
+            "partition_type": spec.partition_type.value,
+            "gather_output": spec.gather_output,
+            "grad_allreduce": spec.grad_allreduce,
+        }
+        for spec in TPPlanConverter.convert(kept)
+    ]
+    return {"use_default_specs": False, "layer_specs": specs}
+
+
+def _plan(config: Any) -> dict[str, str]:
+    """transformers' tensor-parallel plan of a causal language model: name pattern -> style."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return {**(getattr(text, "base_model_tp_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}

@@ -20,6 +20,10 @@ from unittest import mock
 from tests.launch import PORT, environment
 
 STEPS = 20
+PRELOADED = [
+    *("torch", "deepspeed", "transformers", "transformers.modeling_utils", "transformers.generation.utils"),
+    *("dstrain.train", "dstrain.engine", "dstrain.models.build", "dstrain.checkpoint.manager", "dstrain.data.loader"),
+]
 SGD = {
     "train_batch_size": 8,
     "gradient_clipping": 0.0,
@@ -127,7 +131,7 @@ def start(
     argv += ["--output_dir", str(folder / "run"), "--overwrite_output_dir", "--report_to", "none"]
     argv += ["--max_steps", str(STEPS), "--block_size", "64", "--max_eval_batches", "2", *flags]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.parity_imports"])
+    context.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, environment(), clear=True):
         processes = [
             context.Process(target=_rank, args=(argv, rank, ranks, str(folder), PORT), daemon=True)
