@@ -19,6 +19,8 @@ from dstrain.errors import ExitCode, UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("dstrain.config.commands", "check, explain or migrate a DeepSpeed JSON"),
     "verify": ("dstrain.verify", "compare this configuration with plain torch on a shallower model"),
+    "launch": ("dstrain.launch.cli", "start a run under a supervisor that restarts it"),
+    "postmortem": ("dstrain.resilience.postmortem", "explain in a page why a run ended"),
     "checkpoint": ("dstrain.checkpoint.cli", "verify, list, show or convert checkpoints"),
     "export": ("dstrain.checkpoint.export", "write a checkpoint as a Hugging Face folder"),
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHER_DIED = "its launcher has died"
 _CLOCK_MONOTONIC = 1
 _SIGEV_THREAD = 2
 

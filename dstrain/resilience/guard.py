@@ -1,9 +1,9 @@
-"""The non-finite guard: a loss or gradient norm that is not a number ends the run with 77, before it spoils a checkpoint.
+"""The non-finite guard: a loss or gradient norm that is not a number ends the run with 77 and spoils no checkpoint.
 
 DeepSpeed 0.19.8 leaves out a step whose gradients are not finite in ZeRO 1-3 in every precision (`check_overflow`,
 `is_invalid_grad_norm`) and says so only for fp16; `ZeroEngine` does the same at ZeRO-0 in fp32. So weights and moments
 stay as they were before the batch. The guard gives that its name. All ranks read the same reduced numbers and decide
-alike. On an accelerator it waits for nothing: a step that was taken is read one step later, from a copy that has arrived.
+alike. On an accelerator it waits for nothing: a step that was taken is read one step later, from a copy on the host.
 """
 
 import math
@@ -68,8 +68,8 @@ class Guard:
     """Checks every step.
 
     allowed: how many batches may be left out before the run stops. scaled: fp16, whose loss scaler overflows as part of
-    its work. event: writes an event (step, name, text). record: gets every reading before it is judged. batch: describes
-    this rank's part of the last batch, for people.
+    its work. event: writes an event (step, name, text). record: gets every reading before it is judged. batch: says
+    what this rank's part of the last batch was.
     """
 
     def __init__(

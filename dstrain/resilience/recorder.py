@@ -60,7 +60,7 @@ class Recorder:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+        return round(value, 9) if math.isfinite(value) else str(value)
     return value
 
 

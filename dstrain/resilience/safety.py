@@ -116,7 +116,7 @@ class Safety:
         self.watchdog.beat("step", step)
         ids = self._names.sample_ids(self._first)
         self.recorder.write(
-            step=step,
+            step=step + result.skipped,  # the step that it would have been
             first=self._first,
             ids=ids[:16],
             skipped=result.skipped,

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 
 from dstrain import distributed
-from dstrain.resilience.exits import STOP_SIGNALS, exit_now, ignore_stop_signals
+from dstrain.resilience.exits import LAUNCHER_DIED, STOP_SIGNALS, exit_now, ignore_stop_signals
 
 # `scancel` and a terminal's Ctrl-C reach ranks and launchers, and launchers pass on what they get: that is one wish.
 FORWARDING_S = 0.3
-LAUNCHER_DIED = "its launcher has died"
 REASONS = ("the stop file", "--max_time is over", LAUNCHER_DIED, *(f"signal {s.name}" for s in STOP_SIGNALS))
 _LAUNCHER_NAMES = ("deepspeed", "torchrun", "accelerate", "accelerate-launch", "dstrain")
 _LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands", "dstrain.cli")
@@ -95,9 +94,8 @@ def _is_launcher(pid: int) -> bool:
     except OSError:
         return False
     named = any(os.path.basename(word) in _LAUNCHER_NAMES for word in words[:2])
-    return named or any(
-        a == "-m" and b.startswith(_LAUNCHER_MODULES) for a, b in zip(words[:6], words[1:], strict=False)
-    )
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    return named or module.startswith(_LAUNCHER_MODULES)
 
 
 def _stat(pid: int) -> tuple[int, str]:

@@ -20,7 +20,9 @@ LEVELS = {
     "distributed": 3,
     **dict.fromkeys(["models", "data"], 4),
     "engine": 5,
-    **dict.fromkeys(["checkpoint", "monitor", "resilience", "planner", "evaluate", "generate", "launch"], 6),
+    "monitor": 5.5,  # what the others of this floor write and read
+    **dict.fromkeys(["checkpoint", "resilience", "planner", "evaluate", "generate"], 6),
+    "launch": 6.5,  # reads what a run left behind
     **dict.fromkeys(["run_folder", "plain"], 6),
     **dict.fromkeys(["run", "verify"], 7),
     "prepare": 8,

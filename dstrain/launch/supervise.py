@@ -1,0 +1,214 @@
+"""Restarts: start a run, and start it again when it ends in a way that starting again can mend.
+
+The supervisor runs beside a launcher and never trains. It trusts what the run itself wrote: `summary` in metrics.jsonl,
+since torchrun and accelerate return 1 for every failure, and `deepspeed` 0 when its node launcher dies by a signal.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import ExitCode, UserError
+from dstrain.launch import processes
+from dstrain.monitor.metrics import METRICS_FILE, append_missing_summary, read_metrics
+from dstrain.resilience.exits import LAUNCHER_DIED, STOP_SIGNALS
+from dstrain.resilience.recorder import read_ring
+
+FINAL = (ExitCode.FINISHED, ExitCode.USER_ERROR, ExitCode.STOPPED, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
+ORPHANS_SAVE_S = 60.0  # ranks that lost their launcher save, then end
+START_UP_S = 10.0  # ranks that have not begun to train have nothing to save
+_POLL_S = 0.2
+_MAX_BACKOFF_S = 300.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one start ended. exit_code: the run's own, whatever its launcher returned. steps: made by this start.
+
+    began: it got as far as writing into the run folder. killed: its launcher died by a signal.
+    """
+
+    exit_code: int
+    reason: str
+    steps: int
+    began: bool
+    killed: bool
+
+    @property
+    def is_final(self) -> bool:
+        """Whether starting again cannot help, or is not wanted."""
+        lost_launcher = self.exit_code == ExitCode.STOPPED and self.reason.endswith(LAUNCHER_DIED)
+        return self.exit_code in FINAL and not lost_launcher
+
+
+class Supervisor:
+    """Runs `command`, whose run folder is `folder`, and restarts it at most `max_restarts` times."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        *,
+        max_restarts: int,
+        backoff_s: float = 5.0,
+        say: Callable[[str], None] = lambda text: print(f"dstrain launch: {text}", file=sys.stderr, flush=True),
+    ):
+        self.command = list(command)
+        self.folder = folder
+        self.max_restarts = max_restarts
+        self.backoff_s = backoff_s
+        self._say = say
+        self._signals: list[int] = []
+        self._fruitless = 0  # starts in a row that made no step
+
+    def run(self) -> int:
+        """The exit code of the run: of its last start, or 128 + n after a second signal."""
+        processes.adopt_orphans()
+        handlers = {number: signal.signal(number, lambda n, _: self._signals.append(n)) for number in STOP_SIGNALS}
+        try:
+            return self._run()
+        finally:
+            processes.end_descendants(0.0)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _run(self) -> int:
+        for restart in range(self.max_restarts + 1):
+            began = time.monotonic()
+            outcome = self._start_once()
+            self._note(restart, outcome)
+            if len(self._signals) > 1:
+                return 128 + self._signals[-1]
+            if outcome.is_final or self._signals:
+                return outcome.exit_code
+            if why_not := self._why_not_again(outcome, restart):
+                self._say(f"exit code {outcome.exit_code} ({outcome.reason}): {why_not}")
+                return outcome.exit_code
+            short = time.monotonic() - began < _MAX_BACKOFF_S
+            wait_s = min(_MAX_BACKOFF_S, self.backoff_s * 2**restart) if short else self.backoff_s
+            self._say(
+                f"exit code {outcome.exit_code} ({outcome.reason}) after {outcome.steps} steps: "
+                f"restart {restart + 1} of {self.max_restarts} in {wait_s:.0f} s"
+            )
+            if self._stop_asked_within(wait_s):
+                return int(ExitCode.STOPPED)
+        raise AssertionError("the last restart returns")
+
+    def _why_not_again(self, outcome: Outcome, restart: int) -> str | None:
+        self._fruitless = 0 if outcome.steps else self._fruitless + 1
+        if not outcome.began and not outcome.killed:
+            return "it ended before it began to write, so another start would end the same way"
+        if self._fruitless > 1:
+            return "two starts in a row made no step"
+        if restart == self.max_restarts:
+            return "no restart is left" if restart else "--max_restarts is 0"
+        return None
+
+    def _start_once(self) -> Outcome:
+        started, segments, before = time.time(), processes.shared_memory(), self._metrics_state()
+        try:
+            child = subprocess.Popen(self.command, start_new_session=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.command[0]} cannot be started ({error.strerror}): name a launcher after --"
+            ) from None
+        asked = False
+        while child.poll() is None:
+            time.sleep(_POLL_S)
+            if self._signals and not asked:
+                asked = True
+                self._ask_to_stop(started)
+            if len(self._signals) > 1:
+                processes.end_descendants(0.0)
+        training = self._ranks(started)
+        if killed := processes.end_descendants(ORPHANS_SAVE_S if training else START_UP_S):
+            self._say(f"ended {killed} processes that outlived their launcher")
+        for path in processes.remove_unmapped(processes.shared_memory() - segments):
+            self._say(f"removed {path}, which a killed rank left")
+        _remove_stale_locks()
+        return self._outcome(child.returncode, started, before)
+
+    def _ask_to_stop(self, started: float) -> None:
+        """An agreed stop, by a signal to one rank; what has not begun to train just ends."""
+        ranks = self._ranks(started)
+        if ranks:
+            self._say(
+                f"{signal.Signals(self._signals[0]).name}: asked the run to save and stop; once more ends it at once"
+            )
+            processes.send(ranks[:1], signal.SIGTERM)
+        else:
+            processes.send(processes.descendants(), signal.SIGTERM)
+
+    def _ranks(self, started: float) -> list[int]:
+        """The ranks on this host that train, by the black box that each has opened since `started`."""
+        below = set(processes.descendants())
+        return [header["pid"] for header, _ in self._rings(started) if header["pid"] in below]
+
+    def _rings(self, started: float) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        rings = [read_ring(path) for path in sorted(self.folder.glob("logs/steps_rank_*.ring"))]
+        return [(header, steps) for header, steps in rings if header.get("time", 0.0) >= started - 1.0]
+
+    def _metrics_state(self) -> tuple[int, int, int] | None:
+        try:
+            stat = (self.folder / METRICS_FILE).stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _outcome(self, returncode: int, started: float, before: tuple[int, int, int] | None) -> Outcome:
+        code = true_code(returncode)
+        steps = max((len({step["step"] for step in steps}) for _, steps in self._rings(started)), default=0)
+        if self._metrics_state() == before:  # this start wrote nothing: its launcher is the only witness
+            code = code or ExitCode.CRASH
+            return Outcome(code, _in_words(code), steps, began=bool(self._rings(started)), killed=code > 128)
+        code = code or ExitCode.CRASH  # zero is believed from a summary only
+        append_missing_summary(self.folder, code, f"ended without a summary: {_in_words(code)}")
+        lines = read_metrics(self.folder)
+        summary: dict[str, Any] = lines[-1] if lines else {"exit_code": code, "reason": _in_words(code)}
+        return Outcome(summary["exit_code"], summary["reason"], steps, began=True, killed=code > 128)
+
+    def _stop_asked_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._signals:
+                return True
+            if (self.folder / "stop").exists():
+                (self.folder / "stop").unlink()
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def _note(self, restart: int, outcome: Outcome) -> None:
+        """For `dstrain postmortem`: logs/restarts.jsonl."""
+        logs = self.folder / "logs"
+        if logs.is_dir():
+            line = {"time": round(time.time(), 1), "start": restart, **vars(outcome)}
+            with open(logs / "restarts.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def true_code(returncode: int) -> int:
+    """A launcher's return code as a shell gives it: 128 + n for signal n, also where `sys.exit(-n)` gave 256 - n."""
+    if returncode < 0:
+        return 128 - returncode
+    return 128 + 256 - returncode if returncode > 256 - 65 else returncode
+
+
+def _in_words(code: int) -> str:
+    if code > 128 and code - 128 in {s.value for s in signal.Signals}:
+        name = signal.Signals(code - 128).name
+        return f"ended by {name}" + (" (out of memory, or somebody's kill)" if name == "SIGKILL" else "")
+    return f"its launcher returned {code}"
+
+
+def _remove_stale_locks() -> None:
+    """In a process of its own: the folder of compiled ops is known to torch, which a supervisor has no use for."""
+    code = "from dstrain.launch.ops import remove_stale_locks; remove_stale_locks()"
+    subprocess.run([sys.executable, "-c", code], check=False, stdout=sys.stderr, env=os.environ)
