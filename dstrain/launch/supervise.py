@@ -99,6 +99,7 @@ class Supervisor:
             )
             if self._stop_asked_within(wait_s):
                 return int(ExitCode.STOPPED)
+            _remove_stale_locks()
         raise AssertionError("the last restart returns")
 
     def _why_not_again(self, outcome: Outcome, restart: int) -> str | None:
@@ -132,7 +133,6 @@ class Supervisor:
             self._say(f"ended {killed} processes that outlived their launcher")
         for path in processes.remove_unmapped(processes.shared_memory() - segments):
             self._say(f"removed {path}, which a killed rank left")
-        _remove_stale_locks()
         return self._outcome(child.returncode, started, before)
 
     def _ask_to_stop(self, started: float) -> None:

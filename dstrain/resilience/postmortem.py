@@ -35,7 +35,7 @@ _ADVICE = {
     ExitCode.VERIFY_FAILED: "The configuration does not give the numbers of plain torch: see `dstrain verify`.",
 }
 _ADVICE_KILLED = (
-    "Lower train_micro_batch_size_per_gpu, turn on --gradient_checkpointing, or take more ranks or a higher ZeRO stage. "
+    "Lower train_micro_batch_size_per_gpu, turn on --gradient_checkpointing, or take more ranks or a higher stage. "
     "Then start again: the run goes on from its newest checkpoint."
 )
 _ADVICE_CRASH = (

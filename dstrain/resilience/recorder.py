@@ -39,7 +39,7 @@ class Recorder:
         """One step: plain JSON values; a value that is not finite is written as a text."""
         self._written += 1
         self.last = {}
-        self.amend(time=round(time.time(), 3), **step, rss_mib=resident_mib())
+        self.amend(n=self._written, time=round(time.time(), 3), **step, rss_mib=resident_mib())
 
     def amend(self, **values: Any) -> None:
         """Add to the last step: on an accelerator its loss is known later, and is then that of the step before."""
@@ -85,4 +85,4 @@ def read_ring(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             header = value or {}
         elif value is not None:
             steps.append(value)
-    return header, sorted(steps, key=lambda step: step["time"])
+    return header, sorted(steps, key=lambda step: step["n"])

@@ -122,10 +122,8 @@ class Watchdog:
         seconds = time.monotonic() - self._since
         with open(self.file, "a") as out:
             out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {text}\n")
-            out.write(
-                f"this rank: {self._activity} {self._place()}, for {seconds:.1f} s; last completed step {self._step}\n"
-            )
-            out.write(f"last batch: {self._describe()}\n\n")
+            out.write(f"this rank: {self._activity} {self._place()}, for {seconds:.1f} s\n")
+            out.write(f"last completed step {self._step}: {self._describe()}\n\n")
             out.flush()
             faulthandler.dump_traceback(out, all_threads=True)
 
