@@ -1,11 +1,12 @@
 """Linear layer and cross entropy in one, chunk by chunk: [tokens, vocabulary] in fp32 never exists.
 
 The gradients of hidden states, weight and bias are computed in the forward pass, while a chunk's logits are at hand
-(the idea of Liger-Kernel's FusedLinearCrossEntropy, https://github.com/linkedin/Liger-Kernel). torch 2.13's own
-`linear_cross_entropy` returns a wrong bf16 value and is slower.
+(the idea of Liger-Kernel's FusedLinearCrossEntropy, https://github.com/linkedin/Liger-Kernel, whose kernels are used on
+CUDA where they are installed). torch 2.13's own `linear_cross_entropy` returns a wrong bf16 value and is slower.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -179,6 +180,24 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     )
 
 
+@cache
+def _liger() -> Any:
+    """Liger-Kernel's class, or None where the extra `gpu` is not installed."""
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss
+
+
+def _by_liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, transform: LogitTransform) -> Tensor:
+    """The same by Liger-Kernel's Triton kernels; hidden [n, width] and weight in one dtype."""
+    loss = _liger()(ignore_index=IGNORE_INDEX, reduction="sum", softcap=transform.cap, accum_dtype=torch.float32)
+    if transform.scale != 1.0:  # scale (h W + b) = (scale h) W + scale b
+        hidden, bias = hidden * transform.scale, None if bias is None else bias * transform.scale
+    return loss(weight, hidden, target, bias).float()
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -196,14 +215,11 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     with torch.autocast(device, enabled=False):
+        if device == "cuda" and shard is None and _liger() is not None:
+            cast = (None if t is None else t.to(compute_dtype) for t in (hidden, weight, bias))
+            return _by_liger(*cast, target, transform)
         return _FusedLinearCrossEntropy.apply(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            target.reshape(-1),
-            transform,
-            compute_dtype,
-            torch.is_grad_enabled(),
-            shard,
+            hidden, weight, bias, target, transform, compute_dtype, torch.is_grad_enabled(), shard
         )

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dstrain.models import cross_entropy as module
 from dstrain.models.cross_entropy import LogitTransform, cross_entropy, linear_cross_entropy
 from dstrain.models.loss import check_loss_head, install_fused_loss, shift_labels, token_loss
 
@@ -127,6 +128,28 @@ def test_chunks_with_bias(tokens, transform, monkeypatch):
     assert torch.allclose(values[0], values[1], rtol=1e-6, atol=1e-6)
     for a, b in zip(*grads, strict=True):
         assert relative(b, a) < 2e-6 or (a.norm() == 0 and b.norm() == 0)
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.3, None), LogitTransform(2.0, 4.0)])
+def test_liger_gets_what_it_needs(transform, monkeypatch):
+    """What we hand to Liger-Kernel; its own kernels need a GPU (tests/gpu)."""
+
+    class Stub:
+        def __init__(self, ignore_index, reduction, softcap, accum_dtype):
+            assert (ignore_index, reduction, accum_dtype) == (-100, "sum", torch.float32)
+            self.softcap = softcap
+
+        def __call__(self, weight, hidden, target, bias):
+            logits = functional.linear(hidden, weight, bias)
+            logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            return functional.cross_entropy(logits, target, reduction="sum")
+
+    monkeypatch.setattr(module, "_liger", lambda: Stub)
+    hidden, weight, bias = torch.randn(7, 8), torch.randn(11, 8), torch.randn(11)
+    target = torch.tensor([1, 2, -100, 3, 4, 5, 10])
+    for b in (None, bias):
+        ours = linear_cross_entropy(hidden, weight, b, target, transform)
+        assert relative(module._by_liger(hidden, weight, b, target, transform), ours) < 1e-6
 
 
 def test_all_labels_masked():
