@@ -83,11 +83,18 @@ def build_model(
         initialise(model, seed, dtype, partition)
     model.config.dtype = dtype
     if margs.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"{config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     model.train()
     return _to_device(model, device or torch.device("cpu"), partitioned=partition is not None)
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass. Raises UserError for a model that cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{model.config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
+    # Renamed within transformers 5; the old name warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _take_generation_config(model: PreTrainedModel, name: str) -> None:
