@@ -113,6 +113,9 @@ class CheckpointManager:
         self._finished: list[SaveStats] = []
         self._cleaned = False
 
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
     def is_due(self, step: int) -> bool:
         return self.save_steps > 0 and step % self.save_steps == 0
 
@@ -126,7 +129,7 @@ class CheckpointManager:
             return None
         started = time.perf_counter()
         self.wait()
-        target = self.folder / f"step_{state.step:08d}"
+        target = self.path_of(state.step)
         temporary = self.folder / f".{target.name}.tmp"
         snapshot = take_snapshot(self.engine, self.memory)
         (num_bytes,) = distributed.sum_over_ranks([float(snapshot.bytes)])

@@ -10,6 +10,7 @@ import torch
 from dstrain.checkpoint import engine_state
 from dstrain.checkpoint.files import Entry, Key
 from dstrain.checkpoint.layout import Fragment, Named, Place, Rest, inner_optimizer, open_shards, place, rest_of
+from dstrain.checkpoint.replay import replay_steps
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
 
@@ -121,7 +122,7 @@ def load_snapshot(engine: Any, reader: CheckpointReader) -> None:
     problems = list(_problems_with(reader, named))
     if problems:
         raise UserError(problems[:5])
-    optimizer = inner_optimizer(engine)
+    optimizer, steps = inner_optimizer(engine), 0
     for shard in open_shards(engine, named.names(), changing=True):
         kinds = sorted({kind for fragment in shard.fragments for kind in reader.kinds.get(fragment.name, ())})
         targets = {"weight": shard.weights}
@@ -131,7 +132,10 @@ def load_snapshot(engine: Any, reader: CheckpointReader) -> None:
             for kind, target in targets.items():
                 _read(reader, named, kind, fragment, target.view(-1))
         if shard.fragments:
-            engine_state.restore_scalars(optimizer, shard.state, reader.scalars[shard.fragments[0].name])
+            scalars = reader.scalars[shard.fragments[0].name]
+            engine_state.restore_scalars(optimizer, shard.state, scalars)
+            steps = max(steps, scalars.get("step", 0))
+    replay_steps(optimizer, steps)
     for rest in rest_of(engine.module, named):
         _load_rest(reader, named, rest)
 
