@@ -124,13 +124,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             chunk = hidden[rows].to(compute_dtype)
             raw = torch.nn.functional.linear(chunk, matrix, offset)
             total += _replace_by_grad_(raw, target[rows], transform, need_grad, shard)
-            if needs_hidden:
+            if grad_hidden is not None:
                 part = raw @ matrix
                 grad_hidden[rows] = (part if shard is None else shard.sum_(part)).to(grad_hidden.dtype)
-            if needs_weight:
+            if grad_weight is not None:
                 for start in range(0, weight.shape[0], block):
                     grad_weight[start : start + block] += raw[:, start : start + block].t() @ chunk
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += raw.sum(0, dtype=torch.float32)
         if shard is not None:
             shard.sum_(total)
@@ -218,8 +218,8 @@ def linear_cross_entropy(
     hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     with torch.autocast(device, enabled=False):
         if device == "cuda" and shard is None and _liger() is not None:
-            cast = (None if t is None else t.to(compute_dtype) for t in (hidden, weight, bias))
-            return _by_liger(*cast, target, transform)
+            bias = None if bias is None else bias.to(compute_dtype)
+            return _by_liger(hidden.to(compute_dtype), weight.to(compute_dtype), bias, target, transform)
         return _FusedLinearCrossEntropy.apply(
             hidden, weight, bias, target, transform, compute_dtype, torch.is_grad_enabled(), shard
         )

@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def load(
         _on_rank_0(loader.check_ties if reads else None, checkpoint.name)
         sent: set[int] = set()
         for unit in units(model):
-            _on_rank_0((lambda unit=unit: loader.read(unit)) if reads else None, checkpoint.name)
+            _on_rank_0(partial(loader.read, unit) if reads else None, checkpoint.name)
             for new in allocate(unit):
                 loader.places.replace(new.old, new.parameter)
             _send_buffers(unit)
