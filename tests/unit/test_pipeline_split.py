@@ -17,8 +17,6 @@ from dstrain.models.stage import Stage
 from tests.architectures import model_types, tiny_config, tiny_inputs, tiny_model
 from tests.sweep_architectures import compare, run_stages
 
-STORIES = "/work/shared/data/models/stories15M-hf-bf16"
-
 
 @pytest.mark.parametrize(
     "model_type", ["llama", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen3_moe", "gpt_neox", "bloom"]
@@ -56,9 +54,10 @@ def test_a_stage_holds_only_its_own_weights(tied):
     assert "lm_head.weight" not in held[0]
 
 
-def test_a_pretrained_stage_reads_only_its_own_weights():
-    arguments = ModelArguments(model_name_or_path=STORIES)
-    whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.bfloat16)
+def test_a_pretrained_stage_reads_only_its_own_weights(shared_data):
+    stories = str(shared_data / "models" / "stories15M-hf-bf16")
+    arguments = ModelArguments(model_name_or_path=stories)
+    whole = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16)
     names = dict(whole.named_parameters())
     held = set()
     for index in range(3):
