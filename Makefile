@@ -57,10 +57,9 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 pytest $(PYTEST_FLAGS)
 
 lint: $(STAMP)
-	ruff check .
-	ruff format --check .
-	mypy
-	codespell
+	@failed=; for tool in "ruff check ." "ruff format --check ." mypy codespell; do \
+	  echo "$$tool"; $$tool || failed="$$failed [$$tool]"; done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 format: $(STAMP)
 	ruff check --fix .
