@@ -2,10 +2,10 @@
 
 The supervisor runs beside a launcher and never trains. It trusts what the run itself wrote: `summary` in metrics.jsonl,
 since torchrun and accelerate return 1 for every failure, and `deepspeed` 0 when its node launcher dies by a signal.
+Locks that dead builds of DeepSpeed's ops left are removed by every start itself (`dstrain.launch.ops`).
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from dstrain.resilience.recorder import read_ring
 
 FINAL = (ExitCode.FINISHED, ExitCode.USER_ERROR, ExitCode.STOPPED, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
 ORPHANS_SAVE_S = 60.0  # ranks that lost their launcher save, then end
-START_UP_S = 10.0  # ranks that have not begun to train have nothing to save
+START_UP_S = 5.0  # ranks that have not begun to train have nothing to save
 _POLL_S = 0.2
 _MAX_BACKOFF_S = 300.0
 
@@ -99,7 +99,6 @@ class Supervisor:
             )
             if self._stop_asked_within(wait_s):
                 return int(ExitCode.STOPPED)
-            _remove_stale_locks()
         raise AssertionError("the last restart returns")
 
     def _why_not_again(self, outcome: Outcome, restart: int) -> str | None:
@@ -206,9 +205,3 @@ def _in_words(code: int) -> str:
         name = signal.Signals(code - 128).name
         return f"ended by {name}" + (" (out of memory, or somebody's kill)" if name == "SIGKILL" else "")
     return f"its launcher returned {code}"
-
-
-def _remove_stale_locks() -> None:
-    """In a process of its own: the folder of compiled ops is known to torch, which a supervisor has no use for."""
-    code = "from dstrain.launch.ops import remove_stale_locks; remove_stale_locks()"
-    subprocess.run([sys.executable, "-c", code], check=False, stdout=sys.stderr, env=os.environ)

@@ -11,7 +11,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -127,19 +127,18 @@ class Guard:
         if not ranks:  # the sum overflowed, or the backward pass did: no rank alone is to blame
             ranks = [f"rank {rank}: {batch}" for rank, batch in enumerate(distributed.gather_objects(self._batch()))]
         where = "; ".join(ranks[:8]) + (f"; and {len(ranks) - 8} more ranks" if len(ranks) > 8 else "")
+        text = f"step {number}: {words}"
         if not skipped:
-            raise NonFiniteError(
-                f"step {number}: {words}, and DeepSpeed took the step: weights are spoiled, none were saved. {where}"
-            )
+            self._stop(reading.step, f"{text}, and the step was taken: weights are spoiled, none were saved. {where}")
         self.left_out += 1
         if self.left_out > self.allowed:
             more = f" after {self.allowed} that were left out (--skip_nonfinite)" if self.allowed else ""
-            raise NonFiniteError(f"step {number}: {words}{more}; the step was not taken. {where}")
-        self._event(
-            reading.step,
-            "non_finite",
-            f"step {number}: {words}: batch {self.left_out} of {self.allowed} left out. {where}",
-        )
+            self._stop(reading.step, f"{text}{more}; the step was not taken. {where}")
+        self._event(reading.step, "non_finite", f"{text}: batch {self.left_out} of {self.allowed} left out. {where}")
+
+    def _stop(self, step: int, text: str) -> NoReturn:
+        self._event(step, "non_finite", text)
+        raise NonFiniteError(text)
 
     def _look_for_spike(self, reading: Reading) -> None:
         """A loss far above the median of the last steps, once until it is back."""

@@ -65,6 +65,8 @@ class Watchdog:
             self._first_evaluation = False
         self._activity, self._step, self._since = activity, step, now
         if self._thread is None:
+            self._last_resort = ExitTimer(ExitCode.HUNG)
+            self._wind_up(self.limit_s)
             self._thread = threading.Thread(target=self._watch, name="dstrain-watchdog", daemon=True)
             self._thread.start()
             distributed.set_timeouts(self.group_timeout_s)
@@ -86,17 +88,20 @@ class Watchdog:
         """For the process groups: later than the watchdog, which knows more, and before anybody's patience ends."""
         return max(FLOOR_S["save"] if self.timeout_s is None else self.timeout_s, _MIN_GROUP_TIMEOUT_S) + 30.0
 
+    def _wind_up(self, limit: float) -> None:
+        """What acts without the interpreter lock, later than the thread would: stacks to the log, then the end."""
+        faulthandler.dump_traceback_later(limit + _MARGIN_S, file=sys.stderr)
+        self._last_resort.push(limit + 2 * _MARGIN_S)
+
     def _watch(self) -> None:
-        last_resort = ExitTimer(ExitCode.HUNG)
         while True:
             limit = self.limit_s
-            last_resort.push(limit + 2 * _MARGIN_S)
-            faulthandler.dump_traceback_later(limit + _MARGIN_S, file=sys.stderr)
+            self._wind_up(limit)
             if self._stop.wait(min(1.0, limit / 10)):
                 break
             if (seconds := time.monotonic() - self._since) > limit:
                 self.bark(f"no progress for {seconds:.0f} s in {self._activity} {self._place()}")
-        last_resort.cancel()
+        self._last_resort.cancel()
         faulthandler.cancel_dump_traceback_later()
 
     def _place(self) -> str:

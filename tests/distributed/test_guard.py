@@ -1,0 +1,40 @@
+"""A number that is not a number, in real runs: the run ends with 77, spoils nothing, and says where it came from."""
+
+from tests import faults
+from tests.distributed import parity
+
+FLAGS = ("--max_steps", "6", "--save_steps", "2")
+
+
+def test_all_ranks_stop_and_name_the_one_and_no_checkpoint_is_spoiled(tmp_path):
+    config = faults.CONFIG | parity.zero(2)
+    with faults.start(tmp_path / "whole", "", *FLAGS, ranks=2, config=config) as whole:
+        assert whole.wait() == [0, 0]
+    with faults.start(tmp_path / "bad", "nan@4:1", *FLAGS, ranks=2, config=config) as bad:
+        assert bad.wait() == [77, 77], bad.stderr(0)
+    (summary,) = bad.metrics("summary")
+    assert summary["exit_code"] == 77 and summary["reason"].startswith("step 4: the loss is nan")
+    assert "rank 1: samples" in summary["reason"] and "rank 0: samples" not in summary["reason"]
+    assert bad.events("non_finite") == [summary["reason"]]
+    assert summary["reason"] in bad.stderr(0)
+    assert [p.name for p in (bad.folder / "checkpoints").glob("step_*")] == ["step_00000002"]
+    with faults.start(tmp_path / "bad", "", *FLAGS, ranks=2, config=config) as resumed:
+        assert resumed.wait() == [0, 0]
+    assert [line["loss"] for line in resumed.metrics("train")] == [line["loss"] for line in whole.metrics("train")]
+
+
+def test_a_batch_is_left_out_the_same_way_at_every_stage(tmp_path):
+    """DeepSpeed leaves it out at ZeRO 1-3, dstrain at ZeRO-0."""
+    curves = []
+    for name, config in (("zero0", {}), ("zero1", parity.zero(1)), ("zero3", parity.zero(3))):
+        flags = (*FLAGS, "--skip_nonfinite", "1")
+        with faults.start(tmp_path / name, "nan@3:0", *flags, config=faults.CONFIG | config) as run:
+            assert run.wait() == [0], run.stderr(0)
+        lines = run.metrics("train")
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert len(run.events("skipped_step")) == 1
+        (text,) = run.events("non_finite")
+        assert text.startswith("step 3: the loss is nan: batch 1 of 1 left out. rank 0: samples")
+        curves.append([line["loss"] for line in lines])
+    for curve in curves[1:]:
+        assert max(abs(a - b) / b for a, b in zip(curve, curves[0], strict=True)) < 1e-5
