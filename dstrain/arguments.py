@@ -78,6 +78,9 @@ class RunArguments:
     max_eval_batches: int | None = flag("global batches per evaluation", minimum=1)
     save_steps: int = flag("save at multiples of this step (0: only at the end)", 500, minimum=0)
     save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
+    export: str | None = flag(
+        "write the final model as a Hugging Face folder (bare or auto: `export` in the run folder)", bare="auto"
+    )
     resume_from_checkpoint: str = flag("auto: go on from the newest checkpoint; none; or a path", "auto", bare="auto")
     verify: bool = flag("compare this configuration with plain torch on a shrunk model before training", False)
     hang_timeout: float | None = flag(

@@ -1,6 +1,7 @@
 """One run: all that the loop needs, and how it ends."""
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,21 @@ class Run:
         """Wait until the last checkpoint is on the disk. A collective."""
         self.checkpoints.close()
         self.note_saves()
+
+    def export(self, step: int) -> None:
+        """Write the model saved at `step` as a Hugging Face folder, where `--export` asks for it. A collective."""
+        from dstrain import distributed
+        from dstrain.checkpoint.export import export
+
+        wanted = self.args.run.export
+        if wanted is not None and self.launch.is_main:
+            target = Path(wanted)
+            if wanted == "auto":
+                target = self.folder.path / "export"
+                shutil.rmtree(target, ignore_errors=True)
+            export(self.checkpoints.path_of(step), target)
+            self.monitor.event(step, "export", str(target))
+        distributed.barrier()
 
     def show_results(self) -> None:
         """The loss curve and a sample of generated text, on the screen and for the report. A collective."""

@@ -52,6 +52,7 @@ def train(run: Run) -> ExitCode:
     if reason := run.safety.stop.reason:
         run.monitor.event(state.step, "stop", reason)
         return ExitCode.STOPPED
+    run.export(state.step)
     run.show_results()
     return ExitCode.FINISHED
 

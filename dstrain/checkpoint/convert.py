@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint.files import Entry, Key, rank_file, write_bytes, write_safetensors
-from dstrain.checkpoint.manifest import find_problems, read_manifest, write_manifest
+from dstrain.checkpoint.manifest import find_problems, list_checkpoints, read_manifest, write_latest, write_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.config import load_config, resolve_config
 from dstrain.errors import UserError
@@ -32,7 +32,9 @@ def convert(source: Path, target: Path, deepspeed_config: str, world_size: int) 
     if target.exists() or target.name != f"step_{contents['step']:08d}":
         raise UserError(f"{target} must be a new folder with the step in its name: write {target / source.name}")
     resolved = resolve_config(
-        load_config(deepspeed_config), world_size=world_size, stored_global_batch=contents.get("global_batch")
+        load_config(deepspeed_config),
+        world_size=world_size,
+        stored_global_batch=contents.get("identity", {}).get("global_batch"),
     )
     contents["layout"] = {**contents["layout"], "world_size": world_size, "converted_for": str(deepspeed_config)}
     contents["layout"]["zero_stage"] = resolved.zero_stage
@@ -43,6 +45,7 @@ def convert(source: Path, target: Path, deepspeed_config: str, world_size: int) 
         _write_files(source, temporary, contents, world_size)
         write_manifest(temporary, contents)
         os.replace(temporary, target)
+        write_latest(list_checkpoints(target.parent)[-1])
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

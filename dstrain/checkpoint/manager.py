@@ -327,7 +327,7 @@ def layout_of(engine: Any) -> dict[str, Any]:
     return {
         "zero_stage": int(engine.zero_optimization_stage()),
         "optimizer_wrapper": type(optimizer).__name__,
-        "tp_size": int(engine.autotp_size()),
+        "tp_size": max(1, int(engine.autotp_size())),
         "pp_size": int(getattr(engine, "num_stages", 1)),
         "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
     }

@@ -242,10 +242,10 @@ def test_saving_over_a_checkpoint_replaces_it_whole(tmp_path):
 
 
 def test_the_models_own_files_are_part_of_it(tmp_path):
-    make(tmp_path, model_files=lambda: {"config.json": b"{}"}, description={"global_batch": 4}).save(state(1), {})
+    make(tmp_path, model_files=lambda: {"config.json": b"{}"}, description={"identity": {"seed": 4}}).save(state(1), {})
     contents = json.loads((tmp_path / "step_00000001" / "manifest.json").read_text())
     assert contents["files"]["model/config.json"]["bytes"] == 2
-    assert contents["global_batch"] == 4
+    assert contents["identity"] == {"seed": 4}
     (tmp_path / "step_00000001" / "model" / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config.json is damaged"):
         make(tmp_path).load(tmp_path / "step_00000001")
