@@ -46,11 +46,10 @@ class _Pending:
 
     @classmethod
     def of(cls, step: int, result: Any) -> "_Pending":
+        """Costs no wait: a number of the host becomes a kernel's argument, not a copy."""
         device = result.loss.device
-        norm = result.grad_norm if result.grad_norm is not None else 0.0
-        values = torch.stack(
-            [torch.as_tensor(v, device=device).double() for v in (result.loss, norm, result.rank_loss)]
-        )
+        numbers = (result.loss, result.grad_norm if result.grad_norm is not None else 0.0, result.rank_loss)
+        values = torch.stack([_on(device, number) for number in numbers])
         if device.type == "cpu":
             return cls(step, result.skipped, values, None)
         arrived = torch.Event(device=device)
@@ -62,6 +61,13 @@ class _Pending:
         if self.arrived is not None:
             self.arrived.synchronize()
         return Reading(self.step, *self.values.tolist())
+
+
+def _on(device: torch.device, number: torch.Tensor | float) -> torch.Tensor:
+    """0-d float64 on `device`."""
+    if isinstance(number, torch.Tensor) and number.device.type == device.type:
+        return number.double()
+    return torch.full((), float(number), dtype=torch.float64, device=device)
 
 
 class Guard:

@@ -153,6 +153,8 @@ class Safety:
 
         Returns the reason for the summary: the first rank that ended knows it better than those that lost it.
         """
+        if code == ExitCode.NON_FINITE:  # agreed: all ranks end alike, and may take the time that a save needs
+            return text
         first = self.lifeline.lost
         self.lifeline.tell(code, text)
         if self.lifeline.has_peers:

@@ -19,7 +19,7 @@ from dstrain.resilience.exits import ExitTimer, exit_now
 
 # Without --hang_timeout: this many median steps, and never less than the floor. What is not a step has no median.
 MEDIAN_STEPS = 20.0
-FLOOR_S = {"step": 300.0, "evaluation": 300.0, "save": 1800.0, "end": 600.0}
+FLOOR_S = {"step": 300.0, "evaluation": 300.0, "save": 1800.0, "end": 1800.0}
 COMPILE_S = 1800.0  # the first evaluation of a compiled model
 _MARGIN_S = 10.0  # what the thread gets before the kernel's timer
 _MIN_GROUP_TIMEOUT_S = 60.0
