@@ -103,8 +103,10 @@ class Run:
 
     def finish_saves(self) -> None:
         """Wait until the last checkpoint is on the disk. A collective."""
+        self.safety.beat("save", self.total_steps)
         self.checkpoints.close()
         self.note_saves()
+        self.safety.beat("end", self.total_steps)
 
     def export(self, step: int) -> None:
         """Write the model saved at `step` as a Hugging Face folder, where `--export` asks for it. A collective."""
@@ -128,7 +130,6 @@ class Run:
         from dstrain.monitor.metrics import read_metrics
         from dstrain.monitor.progress import render_loss_curve
 
-        self.safety.beat("end", self.total_steps)
         sampled = self.resolved.parallel.pp_size == 1  # a stage alone cannot generate
         if sampled:
             samples = self.data.validation or self.data.train
