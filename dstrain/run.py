@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,34 @@ class Run:
     state: Any = None  # TrainState
     loader: Any = None  # iterator over the micro-batches of one step
     evaluated_step: int | None = None
+
+    def begin_safety(self) -> None:
+        """From here on the run is watched; `logs` has its black box."""
+        from dstrain.data.loader import step_plan
+        from dstrain.data.order import Order
+        from dstrain.resilience.safety import BatchNames
+
+        resolved, parallel, train = self.resolved, self.resolved.parallel, self.data.train
+        dp_rank = parallel.dp_rank(self.launch.rank)
+        plan = step_plan(resolved.global_batch, resolved.micro_batch, dp_rank, parallel.dp_size)
+        order = Order(len(train), self.args.run.seed)
+        self.safety.begin(
+            self.folder.logs,
+            monitor=self.monitor,
+            names=BatchNames(
+                sample_ids=lambda first: [order[first + offset] for micro in plan for offset in micro],
+                text=lambda index: self.tokenizer.decode(train[index]["input_ids"][:24]),
+            ),
+            samples_consumed=self.state.samples_consumed,
+            global_batch=resolved.global_batch,
+            hang_timeout_s=self.args.run.hang_timeout,
+            compiles=self.args.model.compile is not None,
+            scaled=resolved.precision == "fp16" or resolved.autocast_dtype == "float16",
+            skip_nonfinite=self.args.run.skip_nonfinite,
+            world_size=self.launch.world_size,
+            host=socket.gethostname(),
+            output_dir=str(self.folder.path.resolve()),
+        )
 
     def eval_is_due(self, step: int) -> bool:
         return self.args.run.eval_steps is not None and step % self.args.run.eval_steps == 0
