@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.launch import ROOT, environment
 
+# A first example pays for imports, and two busy cores are no reason to fail.
+hypothesis.settings.register_profile("dstrain", deadline=None)
+hypothesis.settings.load_profile("dstrain")
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
