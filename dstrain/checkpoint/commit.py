@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dstrain.checkpoint.files import Written, rank_file, sync_folder, write_bytes, write_safetensors
+from dstrain.checkpoint.files import Written, sync_folder, write_bytes, write_rank
 from dstrain.checkpoint.manifest import write_latest, write_manifest
 from dstrain.checkpoint.state import Snapshot
 
@@ -48,36 +48,42 @@ class Save:
     stall_s: float = 0.0
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: threading.Event = field(default_factory=threading.Event)
-    problem: str | None = None
+    problem: str | None = None  # the disk's, to be told to the user
+    crash: Exception | None = None  # ours
     stats: SaveStats | None = None
     thread: threading.Thread | None = None
 
     def run(self) -> None:
         try:
-            path = self.temporary / rank_file(self.rank)
-            written = write_safetensors(path, self.snapshot.entries, self.snapshot.metadata)
-            done = self.temporary / f"{path.name}.done"
-            write_bytes(done.with_suffix(".part"), json.dumps(asdict(written)).encode())
-            os.replace(done.with_suffix(".part"), done)
+            self._write()
+            self.written.set()
+            if self.rank == 0:
+                self._commit()
         except OSError as error:
             self.problem = not_written(self.target, error)
-        self.written.set()
-        if self.rank == 0 and self.problem is None:
-            try:
-                self._commit()
-            except OSError as error:
-                self.problem = not_written(self.target, error)
+        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: `CheckpointManager.wait` does
+            self.crash = error
+        finally:
+            self.written.set()
+
+    def _done(self, rank: int) -> Path:
+        return self.temporary / f"rank_{rank:05d}.done"
+
+    def _write(self) -> None:
+        written = write_rank(self.temporary, self.rank, self.snapshot.entries, self.snapshot.facts)
+        part = self._done(self.rank).with_suffix(".part")
+        write_bytes(part, json.dumps({name: asdict(file) for name, file in written.items()}).encode())
+        os.replace(part, self._done(self.rank))
 
     def _commit(self) -> None:
         files = {}
         for rank in range(self.world_size):
-            name = rank_file(rank)
-            done = self.temporary / f"{name}.done"
-            while not done.exists():
+            while not self._done(rank).exists():
                 if self.abandoned.wait(0.02):
                     return
-            files[name] = Written(**json.loads(done.read_text()))
-            done.unlink()
+            found = json.loads(self._done(rank).read_text())
+            files.update({name: Written(**facts) for name, facts in found.items()})
+            self._done(rank).unlink()
         if self.model_files:
             (self.temporary / MODEL_FILES).mkdir()
         for name, data in self.model_files.items():

@@ -4,7 +4,6 @@ Resuming needs no conversion: every layout reads every checkpoint. What this add
 reserved, whether a configuration can go on from it, and files of which each rank reads mostly its own.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.files import Entry, Key, rank_file, write_bytes, write_safetensors
+from dstrain.checkpoint.files import Entry, Key, write_bytes, write_rank
 from dstrain.checkpoint.manifest import find_problems, list_checkpoints, read_manifest, write_latest, write_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.config import load_config, resolve_config
@@ -52,14 +51,14 @@ def convert(source: Path, target: Path, deepspeed_config: str, world_size: int) 
 
 
 def _write_files(source: Path, temporary: Path, contents: dict[str, Any], world_size: int) -> None:
-    reader, files = CheckpointReader(source), {}
+    reader = CheckpointReader(source)
+    files: dict[str, Any] = {}
     for rank in range(world_size):
         before = reader.rank_facts(rank)
         facts = {"shapes": reader.shapes, "scalars": reader.scalars, "random": before and before["random"]}
         entries = [entry for kind, name in reader.pieces for entry in _part(reader, kind, name, rank, world_size)]
-        entries.sort(key=lambda entry: -entry.dtype.itemsize)
-        metadata = {"format": "pt", "dstrain": json.dumps(facts)}
-        files[rank_file(rank)] = vars(write_safetensors(temporary / rank_file(rank), entries, metadata))
+        written = write_rank(temporary, rank, entries, facts)
+        files.update({name: vars(file) for name, file in written.items()})
     for name in contents["files"]:
         if not name.startswith("rank_"):
             (temporary / name).parent.mkdir(exist_ok=True)

@@ -1,17 +1,17 @@
-"""One safetensors file per rank: flat ranges of named parameters, hashed while they are written.
+"""The safetensors files of a rank, one for each kind of state: ranges of named parameters, hashed while written.
 
 A key is `kind|name|start|cut`: kind is `weight` (the fp32 master, or a frozen parameter in its own type), `buffer`, or
 the optimizer's own name of a state with one value per weight (`exp_avg`, ...); start is the flat index of the first
-element in the parameter, or in the tensor-parallel cut of it that `cut` names. The file's metadata holds, as JSON, what
-is not a tensor: shapes, step counters, random states.
+element in the parameter, or in the tensor-parallel cut of it that `cut` names. The metadata of the file of weights
+holds, as JSON, what is not a tensor: shapes, step counters, random states.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 CHUNK = 8 << 20
+FLUSH = 64 << 20
+WRITERS = 2  # files at a time: one core hashes about as fast as a good disk writes
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -75,13 +77,15 @@ class Written:
 
 
 class HashedFile:
-    """A file whose sha256 is computed beside the writing, by a second thread; closing it makes it durable."""
+    """A file whose sha256 is computed beside the writing, by a second thread, while a third pushes what is written to
+    the disk; closing it makes it durable."""
 
     def __init__(self, path: Path):
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
         self.digest = hashlib.sha256()
         self.bytes = 0
-        self.hasher = ThreadPoolExecutor(1)
+        self.hasher, self.flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.flush: Future | None = None
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -95,15 +99,19 @@ class HashedFile:
             finally:
                 hashed.result()
             self.bytes += len(chunk)
+            if self.bytes % FLUSH < CHUNK and (self.flush is None or self.flush.done()):
+                self.flush = self.flusher.submit(os.fdatasync, self.file.fileno())
 
     def close(self) -> Written:
         self.hasher.shutdown()
+        self.flusher.shutdown()
         os.fsync(self.file.fileno())
         self.file.close()
         return Written(self.bytes, self.digest.hexdigest())
 
     def abandon(self) -> None:
         self.hasher.shutdown()
+        self.flusher.shutdown()
         self.file.close()
 
 
@@ -178,14 +186,27 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return table, table.pop("__metadata__", {})
 
 
-def chunks(numel: int, size: int) -> Iterable[tuple[int, int]]:
-    """(start, end) of consecutive ranges of at most `size` elements."""
-    return ((start, min(start + size, numel)) for start in range(0, numel, size))
+def rank_file(rank: int, kind: str = "weight") -> str:
+    return f"rank_{rank:05d}.{kind}.safetensors"
 
 
-def rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
+def rank_files(folder: Path) -> list[Path]:
+    """The files of all ranks, those of one rank together."""
+    return sorted(folder.glob("rank_*.safetensors"))
 
 
-def rank_files(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("rank_*.safetensors")))
+def write_rank(folder: Path, rank: int, entries: Sequence[Entry], facts: dict[str, Any]) -> dict[str, Written]:
+    """Write one file for each kind of entry, and `facts` with the weights; name -> what was written. Raises OSError."""
+    by_file: dict[str, list[Entry]] = {rank_file(rank): []}
+    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):  # keeps every tensor aligned
+        kind = Key.parse(entry.key).kind
+        by_file.setdefault(rank_file(rank, "weight" if kind == "buffer" else kind), []).append(entry)
+
+    def write(name: str) -> Written:
+        metadata = {"format": "pt"}
+        if name == rank_file(rank):
+            metadata["dstrain"] = json.dumps(facts)
+        return write_safetensors(folder / name, by_file[name], metadata)
+
+    with ThreadPoolExecutor(WRITERS) as writers:
+        return dict(zip(by_file, writers.map(write, by_file), strict=True))

@@ -111,7 +111,7 @@ class CheckpointManager:
         self.memory = HostMemory()
         self._in_flight: Save | None = None
         self._finished: list[SaveStats] = []
-        self._cleaned = False
+        self._cleaned = self._reserved = False
 
     def path_of(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -165,7 +165,13 @@ class CheckpointManager:
         return SaveStats(committed[0].bytes if committed else snapshot.bytes, total_s, total_s, state.step)
 
     def finished(self) -> list[SaveStats]:
-        """Checkpoints committed since the last call, on rank 0; the other ranks do not know. Never waits."""
+        """Checkpoints committed since the last call, on rank 0; the other ranks do not know. Never waits.
+
+        Called after every step; the first call readies the memory for the first snapshot.
+        """
+        if self.background and not self._reserved:
+            self._reserved = True
+            self.memory.reserve(self.engine)
         save = self._in_flight
         if save is not None and save.stats is not None:
             self._finished.append(save.stats)
@@ -180,17 +186,19 @@ class CheckpointManager:
             return
         self._in_flight = None
         save.written.wait()
-        problems = set(gather(save.problem))
-        if any(problems):
+        failed = set(gather((save.problem, repr(save.crash) if save.crash else None)))
+        if failed != {(None, None)}:
             save.abandoned.set()
         assert save.thread is not None
         save.thread.join()
-        problems |= set(gather(save.problem))
-        if any(problems):
+        failed |= set(gather((save.problem, repr(save.crash) if save.crash else None)))
+        if failed != {(None, None)}:
             self.saved_step = None
             if self.launch.is_main:
                 shutil.rmtree(save.temporary, ignore_errors=True)
-            raise UserError(sorted(problem for problem in problems if problem))
+            if crashes := [crash for _, crash in failed if crash]:
+                raise RuntimeError(f"{save.target} could not be written: {crashes[0]}") from save.crash
+            raise UserError(sorted(problem for problem, _ in failed if problem))
         if save.stats is not None:
             self._finished.append(save.stats)
 

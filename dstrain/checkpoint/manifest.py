@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint.files import Written, hash_file, sync_folder, write_bytes
+from dstrain.checkpoint.files import WRITERS, Written, hash_file, sync_folder, write_bytes
 from dstrain.errors import UserError
 
 FORMAT = 1
@@ -101,13 +102,17 @@ def find_problems(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
     if problems:
         return problems
     largest_first = sorted(read_manifest(folder).files.items(), key=lambda item: (-item[1].bytes, item[0]))
-    for name, expected in largest_first[part::num_parts]:
+
+    def check(file: tuple[str, Written]) -> list[str]:
+        path = folder / file[0]
         try:
-            if hash_file(folder / name) != expected:
-                problems.append(f"{folder / name} is damaged: its hash is not the one that was written")
+            same = hash_file(path) == file[1]
         except OSError as error:
-            problems.append(f"{folder / name} cannot be read ({error.strerror})")
-    return problems
+            return [f"{path} cannot be read ({error.strerror})"]
+        return [] if same else [f"{path} is damaged: its hash is not the one that was written"]
+
+    with ThreadPoolExecutor(WRITERS) as readers:
+        return [problem for found in readers.map(check, largest_first[part::num_parts]) for problem in found]
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dstrain.checkpoint.cuts import Cut
-from dstrain.checkpoint.files import DTYPES, Key, rank_files, read_header
+from dstrain.checkpoint.files import DTYPES, Key, rank_file, rank_files, read_header
 from dstrain.errors import UserError
 
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -22,11 +22,11 @@ _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Piece:
-    """`numel` elements from flat index `start`, under `key` in the file of `rank`."""
+    """`numel` elements from flat index `start`, under `key` in file number `file`."""
 
     start: int
     numel: int
-    rank: int
+    file: int
     key: str
     dtype: torch.dtype
 
@@ -36,35 +36,35 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.paths = list(rank_files(folder))
+        self.paths = rank_files(folder)
         self.pieces: dict[tuple[str, str], dict[str, list[Piece]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.scalars: dict[str, dict[str, Any]] = {}
         self._open: dict[int, Any] = {}
         self._whole: tuple[tuple[str, str], torch.Tensor] | None = None
-        for rank, path in enumerate(self.paths):
-            self._index(rank, path)
+        for number, path in enumerate(self.paths):
+            self._index(number, path)
         for cuts in self.pieces.values():
             for pieces in cuts.values():
                 pieces.sort(key=lambda piece: piece.start)
 
-    def _index(self, rank: int, path: Path) -> None:
+    def _index(self, number: int, path: Path) -> None:
         table, metadata = read_header(path)
-        facts = json.loads(metadata["dstrain"])
-        self.shapes.update({name: tuple(shape) for name, shape in facts["shapes"].items()})
-        self.scalars.update(facts["scalars"])
+        if "dstrain" in metadata:
+            facts = json.loads(metadata["dstrain"])
+            self.shapes.update({name: tuple(shape) for name, shape in facts["shapes"].items()})
+            self.scalars.update(facts["scalars"])
         for text, entry in table.items():
             key = Key.parse(text)
-            piece = Piece(key.start, entry["shape"][0], rank, text, _TYPES[entry["dtype"]])
+            piece = Piece(key.start, entry["shape"][0], number, text, _TYPES[entry["dtype"]])
             pieces = self.pieces.setdefault((key.kind, key.name), {}).setdefault(key.cut, [])
             if all(other.start != piece.start for other in pieces):  # stages that share a parameter both keep it
                 pieces.append(piece)
 
     def rank_facts(self, rank: int) -> dict[str, Any] | None:
         """What the given rank wrote besides tensors (its random states); None where there was no such rank."""
-        if rank >= len(self.paths):
-            return None
-        return json.loads(read_header(self.paths[rank])[1]["dstrain"])
+        path = self.folder / rank_file(rank)
+        return json.loads(read_header(path)[1]["dstrain"]) if path.exists() else None
 
     @cached_property
     def kinds(self) -> dict[str, tuple[str, ...]]:
@@ -125,7 +125,7 @@ class CheckpointReader:
         for piece in pieces:
             low, high = max(start, piece.start), min(end, piece.start + piece.numel)
             if low < high:
-                stored = self._file(piece.rank).get_slice(piece.key)[low - piece.start : high - piece.start]
+                stored = self._file(piece.file).get_slice(piece.key)[low - piece.start : high - piece.start]
                 out[low - start : high - start].copy_(stored)
                 copied += high - low
         self._check_complete(kind, name, copied, out.numel())
@@ -136,9 +136,9 @@ class CheckpointReader:
                 f"{self.folder} has {found} of {wanted} elements of {kind} of {name}: use another checkpoint"
             )
 
-    def _file(self, rank: int) -> Any:
-        if rank not in self._open:
+    def _file(self, number: int) -> Any:
+        if number not in self._open:
             from safetensors import safe_open
 
-            self._open[rank] = safe_open(str(self.paths[rank]), framework="pt")
-        return self._open[rank]
+            self._open[number] = safe_open(str(self.paths[number]), framework="pt")
+        return self._open[number]

@@ -1,6 +1,6 @@
 """From an engine to host memory and back: the tensors of one rank, as entries of its file."""
 
-import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,10 @@ from dstrain.errors import UserError
 
 @dataclass
 class HostMemory:
-    """Buffers that are kept from one snapshot to the next: fresh memory costs more than the copy into it."""
+    """Buffers that are kept from one snapshot to the next: fresh memory costs five times the copy into it."""
 
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    reserving: threading.Thread | None = None
 
     def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
         """A copy of a flat tensor that stays as it is until the next snapshot. Pinned when the source is on a GPU."""
@@ -29,9 +30,35 @@ class HostMemory:
             self.buffers[key] = buffer
         return buffer.copy_(source, non_blocking=source.is_cuda)
 
-    @property
-    def bytes(self) -> int:
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+    def reserve(self, engine: Any) -> None:
+        """Begin, in the background, to allocate and touch what the next snapshot will need."""
+        if getattr(engine.optimizer, "swap_optimizer", False):
+            return  # the states are on NVMe: looking at them means reading them
+        plan = _Plan()
+        take_snapshot(engine, plan)
+        self.reserving = threading.Thread(target=self._allocate, args=(plan.sizes,), daemon=True)
+        self.reserving.start()
+
+    def _allocate(self, sizes: dict[str, tuple[int, torch.dtype, bool]]) -> None:
+        for key, (numel, dtype, pinned) in sizes.items():
+            self.buffers[key] = torch.empty(numel, dtype=dtype, pin_memory=pinned).zero_()
+
+    def ready(self) -> None:
+        """Wait for `reserve`."""
+        if self.reserving is not None:
+            self.reserving.join()
+            self.reserving = None
+
+
+@dataclass
+class _Plan(HostMemory):
+    """Notes what a snapshot copies, and copies nothing."""
+
+    sizes: dict[str, tuple[int, torch.dtype, bool]] = field(default_factory=dict)
+
+    def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
+        self.sizes[key] = (source.numel(), source.dtype, source.is_cuda)
+        return source.new_empty(source.shape, device="meta")
 
 
 @dataclass(frozen=True)
@@ -39,7 +66,7 @@ class Snapshot:
     """What this rank will write."""
 
     entries: list[Entry]
-    metadata: dict[str, str]
+    facts: dict[str, Any]  # plain JSON: shapes, counters, random states
 
     @property
     def bytes(self) -> int:
@@ -63,6 +90,7 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
 
     Costs one copy; host memory: masters and moments of this rank.
     """
+    memory.ready()
     where = place(engine)
     named = Named.of(engine.module, where.tp_rank)
     names, optimizer = named.names(), inner_optimizer(engine)
@@ -99,8 +127,7 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
             add(rest.kind, part, rest.tensor)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    entries.sort(key=lambda entry: -entry.dtype.itemsize)  # keeps every tensor of the file aligned
-    return Snapshot(entries, {"format": "pt", "dstrain": json.dumps(facts)})
+    return Snapshot(entries, facts)
 
 
 def _problems_with(reader: CheckpointReader, named: Named) -> Iterator[str]:

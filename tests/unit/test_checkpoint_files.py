@@ -1,6 +1,5 @@
 """The files of a checkpoint: written as safetensors, read in any range, and any changed byte found."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors import safe_open
 
 from dstrain.checkpoint import manifest as mf
 from dstrain.checkpoint.cuts import Cut, find_cut
-from dstrain.checkpoint.files import Entry, Key, hash_file, rank_file, write_bytes, write_safetensors
+from dstrain.checkpoint.files import Entry, Key, hash_file, write_bytes, write_rank, write_safetensors
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
 
@@ -28,7 +27,7 @@ def _entry(kind, name, start, data, cut=""):
 
 def _write_rank(folder, rank, entries):
     facts = {"shapes": SHAPES, "scalars": {name: {"step": 3} for name in SHAPES}, "random": None}
-    return write_safetensors(folder / rank_file(rank), entries, {"format": "pt", "dstrain": json.dumps(facts)})
+    return {name: vars(file) for name, file in write_rank(folder, rank, entries, facts).items()}
 
 
 def _pieces(rank, world):
@@ -45,7 +44,9 @@ def make_checkpoint(folder, step=3, world=2):
     """A whole checkpoint of two parameters, with `latest` beside it."""
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
-    files = {rank_file(rank): vars(_write_rank(path, rank, _pieces(rank, world))) for rank in range(world)}
+    files = {}
+    for rank in range(world):
+        files.update(_write_rank(path, rank, _pieces(rank, world)))
     (path / "model").mkdir()
     files["model/config.json"] = vars(write_bytes(path / "model" / "config.json", b'{"model_type": "llama"}\n'))
     mf.write_manifest(path, {"step": step, "samples_consumed": 12, "extra": {}, "files": files})
@@ -112,7 +113,7 @@ def test_tensor_parallel_cuts_come_back_whole_and_are_cut_anew(tmp_path, dim, bl
             _entry("weight", "p", half, flat[half:], cut.label),
         ]
         facts = {"shapes": {"p": shape}, "scalars": {}, "random": None}
-        write_safetensors(tmp_path / rank_file(rank), entries, {"dstrain": json.dumps(facts)})
+        write_rank(tmp_path, rank, entries, facts)
     reader = CheckpointReader(tmp_path)
     assert torch.equal(reader.whole("weight", "p"), whole)
     other = Cut(shape, dim, ((1, size),))
@@ -177,7 +178,7 @@ def test_every_byte_of_manifest_and_latest(pristine):
     ("damage", "words"),
     [
         (lambda p: (p / "manifest.json").unlink(), "no complete checkpoint"),
-        (lambda p: (p / "rank_00001.safetensors").unlink(), "is missing"),
+        (lambda p: (p / "rank_00001.exp_avg.safetensors").unlink(), "is missing"),
         (lambda p: (p / "model" / "config.json").write_text("{"), "bytes, 24 were written"),
         (lambda p: (p / "extra").write_text("x"), "does not belong"),
         (lambda p: (p / "manifest.json").write_text("{}"), "damaged"),

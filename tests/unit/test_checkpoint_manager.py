@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up_while_writing_keeps_what_was(tmp_path, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(commit, "write_safetensors", full)
+    monkeypatch.setattr(commit, "write_rank", full)
 
     def save():
         checkpoints.save(state(2), {})
@@ -208,13 +208,13 @@ def test_a_disk_that_fills_up_while_writing_keeps_what_was(tmp_path, monkeypatch
 
 def test_writing_in_the_background(tmp_path, monkeypatch):
     may_write = threading.Event()
-    write = commit.write_safetensors
+    write = commit.write_rank
 
     def slow(*args):
         may_write.wait(10)
         return write(*args)
 
-    monkeypatch.setattr(commit, "write_safetensors", slow)
+    monkeypatch.setattr(commit, "write_rank", slow)
     engine = fake_engine()
     checkpoints = make(tmp_path, engine, background=True)
     before = engine.module[0].weight.detach().clone()
@@ -232,6 +232,19 @@ def test_writing_in_the_background(tmp_path, monkeypatch):
     other = fake_engine(seed=9)
     make(tmp_path, other).load(tmp_path / "step_00000001")
     assert torch.equal(other.module[0].weight, before)
+
+
+def test_a_crash_while_writing_is_raised_where_someone_sees_it(tmp_path, monkeypatch):
+    checkpoints = make(tmp_path, background=True)
+
+    def crash(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(commit, "write_rank", crash)
+    checkpoints.save(state(1), {})
+    with pytest.raises(RuntimeError, match="step_00000001 could not be written: ZeroDivisionError"):
+        checkpoints.close()
+    assert names(tmp_path) == []
 
 
 def test_saving_over_a_checkpoint_replaces_it_whole(tmp_path):
