@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         for problem in error.problems:
             print(f"dstrain: error: {problem}", file=sys.stderr)
-        return ExitCode.USER_ERROR
+        return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing to tell, and no message at exit either
         return ExitCode.CRASH

@@ -24,10 +24,18 @@ class UserError(ValueError):
     """One or more mistakes that the user can mend.
 
     Each problem is one line that says what is wrong and what to write instead. Entry points print them on stderr,
-    without a traceback, and exit with `ExitCode.USER_ERROR`.
+    without a traceback, and exit with `exit_code`.
     """
+
+    exit_code = ExitCode.USER_ERROR
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         assert self.problems, "a UserError without a problem"
         super().__init__("\n".join(self.problems))
+
+
+class VerifyError(UserError):
+    """This configuration does not give the numbers of plain torch; its text names the first that differs."""
+
+    exit_code = ExitCode.VERIFY_FAILED

@@ -3,15 +3,23 @@
 `PlainEngine` has the same seam as the engines (`dstrain/engine.py`), so it can stand in their place.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
+from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig
+from dstrain.data import build_data, build_loader, build_tokenizer
+from dstrain.data.tokenization import pad_token_id
 from dstrain.engine import Batch, StepResult, count_tokens, parameter_groups
 from dstrain.errors import UserError
+from dstrain.models.build import build_model
+from dstrain.models.config import load_model_config, max_positions
 
 TORCH_OPTIMIZERS = {"adamw": "AdamW", "adam": "AdamW", "sgd": "SGD", "adagrad": "Adagrad"}
 
@@ -96,3 +104,68 @@ def _build_scheduler(optimizer: torch.optim.Optimizer, resolved: ResolvedConfig)
         return None
     schedule = getattr(lr_schedules, resolved.scheduler_type)
     return schedule(optimizer, **resolved.deepspeed["scheduler"].get("params", {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainRun:
+    """lines: loss, grad_norm, learning_rate and tokens of each step. before, after: name -> fp32 weight."""
+
+    lines: list[dict[str, float]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def run_plain(args: Arguments, resolved: ResolvedConfig, steps: int) -> PlainRun:
+    """The first steps of the run that `args` asks for, from scratch, with every packed document alone."""
+    config = load_model_config(args.model)
+    tokenizer = build_tokenizer(args.model.tokenizer_name, args.model.trust_remote_code)
+    data = build_data(
+        args.data,
+        tokenizer,
+        seed=args.run.seed,
+        block_size=args.data.block_size or min(1024, max_positions(config) or 1024),
+        is_main_per_host=True,
+        barrier=lambda: None,
+    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}[resolved.precision]
+    plain_model = dataclasses.replace(args.model, gradient_checkpointing=False)
+    model = build_model(plain_model, config, seed=args.run.seed, dtype=dtype)
+    engine = PlainEngine(model, resolved)
+    before, lines = _named(model, engine.masters), []
+    with build_loader(
+        data.train,
+        seed=args.run.seed,
+        global_batch=resolved.global_batch,
+        micro_batch=resolved.micro_batch,
+        dp_rank=0,
+        dp_size=1,
+        pad_token_id=pad_token_id(tokenizer),
+    ) as loader:
+        for _ in range(steps):
+            result = engine.train_batch([_unpacked(batch) for batch in next(loader)])
+            names = ("loss", "grad_norm", "learning_rate", "tokens")
+            lines.append({name: float(getattr(result, name)) for name in names})
+    return PlainRun(lines, before, _named(model, engine.masters))
+
+
+def _named(model: Any, masters: list[Any]) -> dict[str, Any]:
+    """Parameter name -> a copy of its fp32 master."""
+    return {name: m.detach().clone() for (name, _), m in zip(model.named_parameters(), masters, strict=True)}
+
+
+def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
+    """A packed micro-batch as one padded row per document; any other as it is."""
+    if "position_ids" not in batch:
+        return batch
+    ids, labels = [], []
+    for row in range(len(batch["input_ids"])):
+        starts = [*(batch["position_ids"][row] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+        for a, b in itertools.pairwise(starts):
+            if b - a > 1:  # a real document has at least two tokens: the rest is padding
+                ids.append(batch["input_ids"][row, a:b])
+                labels.append(batch["labels"][row, a:b])
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+    }

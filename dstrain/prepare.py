@@ -105,7 +105,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
 
 def _how_it_ended(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, UserError):
-        return ExitCode.USER_ERROR, "; ".join(error.problems)
+        return error.exit_code, "; ".join(error.problems)
     if isinstance(error, NonFiniteError):
         return ExitCode.NON_FINITE, str(error)
     return ExitCode.CRASH, f"{type(error).__name__}: {error}"
@@ -114,24 +114,18 @@ def _how_it_ended(error: BaseException) -> tuple[ExitCode, str]:
 def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
-    from dstrain.checkpoint.export import model_files
-    from dstrain.checkpoint.manager import CheckpointManager
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
     from dstrain.models.sequence import check_sequence_parallel
-    from dstrain.models.tensor import partition_config
     from dstrain.monitor.profiler import build_profiler
+    from dstrain.verify import gate
 
     launch, folder, run = Launch.from_environment(), configuration.folder, args.run
     startup.done("imports")
     config = load_model_config(args.model)
     tokenizer, block_size = _build_tokenizer(args, config)
     check_sequence_parallel(config, configuration.resolved.parallel)
-    resolved = configuration.resolved.with_facts(
-        **_machine_facts(),
-        hidden_size=config.get_text_config().hidden_size,
-        partition_config=partition_config(config, configuration.resolved.parallel),
-    )
+    resolved = _with_facts(configuration.resolved, config)
     startup.done("model_config")
     _join_process_group(resolved, launch)
     safety.join(os.environ["MASTER_ADDR"])
@@ -145,21 +139,15 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
     args = _choose_attention(args, resolved, block_size)
+    if run.verify:
+        gate(replace(args, run=replace(run, deepspeed_config=resolved.facts.source)))
+        startup.done("verify")
     model = _build_model(args, config, resolved, launch.rank)
     startup.done("model")
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
     distributed.seed_everything(run.seed + resolved.parallel.dp_rank(launch.rank))
     engine = build_engine(model, resolved, compile=args.model.compile)
     startup.done("engine")
-    checkpoints = CheckpointManager(
-        folder.checkpoints,
-        engine.deepspeed,
-        save_steps=run.save_steps,
-        save_total_limit=run.save_total_limit,
-        background=True,
-        model_files=lambda: model_files(engine.model, tokenizer),
-        description={"arguments": args.to_dict(), "identity": identity},
-    )
     return Run(
         args=args,
         resolved=resolved,
@@ -172,7 +160,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         data=data,
         total_steps=total_steps,
         engine=engine,
-        checkpoints=checkpoints,
+        checkpoints=_build_checkpoints(args, folder, engine, tokenizer, identity),
         safety=safety,
         profiler=build_profiler(folder.path / "profile", run.profile and launch.is_main),
     )
@@ -188,6 +176,21 @@ def _choose_attention(args: Arguments, resolved: ResolvedConfig, block_size: int
     if args.model.attn_implementation or not short or resolved.parallel.sp_size > 1:
         return args
     return replace(args, model=replace(args.model, attn_implementation="eager"))
+
+
+def _build_checkpoints(args: Arguments, folder: RunFolder, engine: Any, tokenizer: Any, identity: dict) -> Any:
+    from dstrain.checkpoint.export import model_files
+    from dstrain.checkpoint.manager import CheckpointManager
+
+    return CheckpointManager(
+        folder.checkpoints,
+        engine.deepspeed,
+        save_steps=args.run.save_steps,
+        save_total_limit=args.run.save_total_limit,
+        background=True,
+        model_files=lambda: model_files(engine.model, tokenizer),
+        description={"arguments": args.to_dict(), "identity": identity},
+    )
 
 
 def _build_tokenizer(args: Arguments, config: Any) -> tuple[Any, int]:
@@ -357,16 +360,20 @@ def _compute_dtype(resolved: ResolvedConfig) -> Any:
     return getattr(torch, resolved.autocast_dtype) if resolved.autocast_dtype else _parameter_dtype(resolved)
 
 
-def _machine_facts() -> dict[str, Any]:
-    """What the accelerator offers, for the rules that depend on it."""
+def _with_facts(resolved: ResolvedConfig, config: Any) -> ResolvedConfig:
+    """With what the rules should know of the model and of what the accelerator offers."""
     from deepspeed.accelerator import get_accelerator
 
+    from dstrain.models.tensor import partition_config
+
     accelerator = get_accelerator()
-    return {
-        "device": accelerator.device_name(),
-        "device_supports_fp16": bool(accelerator.is_fp16_supported()),
-        "device_supports_bf16": bool(accelerator.is_bf16_supported()),
-    }
+    return resolved.with_facts(
+        device=accelerator.device_name(),
+        device_supports_fp16=bool(accelerator.is_fp16_supported()),
+        device_supports_bf16=bool(accelerator.is_bf16_supported()),
+        hidden_size=config.get_text_config().hidden_size,
+        partition_config=partition_config(config, resolved.parallel),
+    )
 
 
 def _build_data(args: Arguments, tokenizer: Any, block_size: int, launch: Launch) -> Any:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         return report_problems([str(error)], ExitCode.NON_FINITE)
     except UserError as error:
-        return report_problems(error.problems, ExitCode.USER_ERROR)
+        return report_problems(error.problems, error.exit_code)
 
 
 def report_problems(problems: list[str], exit_code: ExitCode) -> int:

@@ -5,12 +5,11 @@
 Real processes train a few steps through the real entry; `PlainEngine` takes the same steps from the same weights on the
 same samples, every document alone. Loss, gradient norm, and what the steps did to every parameter must agree; then the
 run is resumed in its middle and must give the very numbers of the uninterrupted one. Exit code 78 names the first
-difference.
+difference. `--verify` on train.py does the same before it trains. docs/verify.md says what is changed and compared.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -25,16 +24,36 @@ from typing import Any
 
 from dstrain.arguments import Arguments, parse_arguments
 from dstrain.config import ResolvedConfig, RunFacts, apply_overrides, load_config, resolve_config
-from dstrain.errors import ExitCode, UserError
+from dstrain.errors import ExitCode, UserError, VerifyError
+from dstrain.parallel import Launch
 
-STEPS, RESUME_AT = 4, 2
+# The first two steps of a warm-up change nothing (docs/deepspeed-facts.md): four do, two of them after the resume.
+STEPS, RESUME_AT = 6, 4
 MAX_LAYERS, MAX_MICRO_BATCH, MAX_ACCUMULATION = 4, 2, 2
-# Largest relative difference by precision: of the loss, of the gradient norm, and of what the steps did to one
-# parameter (L2 of the difference over L2 of the change). Adam's first steps have the size of the sign of a gradient, so
-# where a gradient is near zero rounding decides: hence the wide bound on changes in 16 bits.
-BOUNDS = {"fp32": (1e-5, 1e-4, 1e-2), "bf16": (2e-2, 5e-2, 0.5), "fp16": (2e-2, 5e-2, 0.5)}
 
 Starter = Callable[[list[str], int], int]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative differences: of the loss, of the gradient norm, of what the steps did to one parameter and to
+    all together (L2 of the difference over L2 of the change), and of the length of that change."""
+
+    loss: float
+    norm: float
+    parameter: float
+    change: float
+    length: float
+
+    @classmethod
+    def of(cls, resolved: ResolvedConfig) -> "Bounds":
+        """By precision. Adam's first steps have the size of a gradient's sign, so where a gradient is near zero,
+        rounding decides: in 16 bits that leaves little to say of a single parameter, and much of the length."""
+        if resolved.precision == "fp32" and not resolved.autocast_dtype:
+            return cls(1e-5, 1e-4, 1e-2, 2e-3, 1e-3)
+        if resolved.optimizer_type.lower() == "sgd":
+            return cls(2e-2, 5e-2, 0.2, 0.1, 5e-2)
+        return cls(2e-2, 5e-2, 0.5, 0.3, 5e-2)
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,7 @@ class Comparison:
     what: str
     error: float
     bound: float
+    is_parameter: bool = False
 
     @property
     def equal(self) -> bool:
@@ -51,28 +71,37 @@ class Comparison:
 
 
 def verify(args: Arguments, world_size: int, start: Starter | None = None) -> list[Comparison]:
-    """Compare `world_size` processes of the shrunk run with one plain process.
+    """Compare `world_size` processes of the shrunk run with one plain process, then its resume with itself.
 
-    start(argv of train.py, world_size) -> exit code; by default torchrun's launcher on this machine.
-    Raises UserError for what the run itself would refuse, and RuntimeError when the run does not end well.
+    start(argv of train.py, world_size) -> exit code; by default fresh processes on this machine. After a difference
+    from the plain run nothing is resumed. Raises UserError for what the run itself would refuse, VerifyError when it is
+    not finite, and RuntimeError when it does not end well otherwise.
     """
+    from dstrain.plain import run_plain
+
     start = start or start_processes
     with tempfile.TemporaryDirectory(prefix="dstrain_verify_") as scratch:
         shrunk, resolved = shrink(args, world_size, Path(scratch))
-        whole, interrupted = Path(scratch, "whole"), Path(scratch, "interrupted")
-        _run(start, shrunk, world_size, whole, STEPS)
-        parallel_lines, parallel_weights = _train_lines(whole), _weights(whole)
-        plain_lines, before, after = run_plain(shrunk, resolved)
-        results = _compare(resolved, parallel_lines, plain_lines, parallel_weights, before, after)
-        _run(start, shrunk, world_size, interrupted, RESUME_AT)
-        _run(start, shrunk, world_size, interrupted, STEPS)
-        return [*results, _compare_resumed(parallel_lines, _train_lines(interrupted))]
+        whole, resumed = Path(scratch, "whole"), Path(scratch, "resumed")
+        _run(start, shrunk, world_size, whole)
+        lines, weights = _train_lines(whole), _weights(whole)
+        plain = run_plain(shrunk, resolved, STEPS)
+        if not any(line["learning_rate"] for line in plain.lines):
+            raise UserError(f"the learning rate of the first {STEPS} steps is 0, so there is nothing to compare")
+        results = list(_compare(Bounds.of(resolved), lines, weights, plain))
+        if first_difference(results) is None:
+            checkpoint = whole / "checkpoints" / f"step_{RESUME_AT:08d}"
+            _run(start, shrunk, world_size, resumed, resume_from_checkpoint=str(checkpoint))
+            results += _compare_resumed(lines[RESUME_AT:], _train_lines(resumed), weights, _weights(resumed))
+        return results
 
 
 def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, ResolvedConfig]:
-    """The same run with at most `MAX_LAYERS` layers (or one a stage), dropout off, and a smaller batch."""
+    """The same run with at most `MAX_LAYERS` layers (or one a stage), dropout off, a smaller batch and a schedule whose
+    warm-up is over after two steps. A pretrained model is taken from scratch."""
     from dstrain.models.config import load_model_config
 
+    _check_named(args)
     raw = apply_overrides(load_config(args.run.deepspeed_config), args.run.set)
     facts = RunFacts(
         source=str(args.run.deepspeed_config),
@@ -86,6 +115,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
     raw["gradient_accumulation_steps"] = min(
         asked.gradient_accumulation_steps, max(MAX_ACCUMULATION, 2 * asked.parallel.pp_size)
     )
+    _shorten_schedule(raw)
     config = load_model_config(args.model)
     _shrink_model(config, max(MAX_LAYERS, asked.parallel.pp_size))
     (scratch / "ds.json").write_text(json.dumps(raw))
@@ -106,13 +136,17 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
         logging_steps=1,
         eval_steps=None,
         max_eval_batches=1,
-        save_steps=0,
+        max_steps=STEPS,
+        save_steps=RESUME_AT,
+        save_total_limit=None,
+        export=None,
         max_time=None,
         profile=False,
         verify=False,
         report_to=["none"],
-        resume_from_checkpoint="auto",
+        resume_from_checkpoint="none",
         overwrite_output_dir=False,
+        local_rank=-1,
     )
     return Arguments(model, args.data, run), resolve_config(raw, world_size=world_size, facts=facts)
 
@@ -130,29 +164,57 @@ def _shrink_model(config: Any, max_layers: int) -> None:
     text.num_hidden_layers = layers
 
 
-def _run(start: Starter, args: Arguments, world_size: int, folder: Path, steps: int) -> None:
-    """Train `steps` steps in all (also of a run that the folder already holds) and save at the end."""
-    values = {name: value for name, value in args.to_dict().items() if value is not None}
-    values |= {"output_dir": str(folder), "max_steps": steps}
-    for name in ("local_rank", "num_train_epochs"):
-        values.pop(name, None)
-    flags = folder.with_suffix(".json")
-    flags.write_text(json.dumps(values))
-    exit_code = start([str(flags)], world_size)
+def _check_named(args: Arguments) -> None:
+    problems = []
+    if not args.run.deepspeed_config:
+        problems.append("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/zero2.json")
+    if not (args.model.model_name_or_path or args.model.config_name):
+        problems.append("no model is named: write --model_name_or_path M or --config_name C")
+    if problems:
+        raise UserError(problems)
+
+
+def _shorten_schedule(raw: dict[str, Any]) -> None:
+    """In place: the shortest warm-up, and the end of the schedule at the last step."""
+    scheduler = raw.get("scheduler")
+    if not isinstance(scheduler, dict) or not str(scheduler.get("type")).startswith("Warmup"):
+        return
+    params = scheduler["params"] = dict(scheduler.get("params") or {})
+    params["warmup_num_steps"] = 1
+    if isinstance(params.get("total_num_steps"), int):
+        params["total_num_steps"] = STEPS
+
+
+def _write_flags(path: Path, args: Arguments, **changes: Any) -> list[str]:
+    """argv with all flags of `args` in a file."""
+    values = args.to_dict() | changes
+    values.pop("num_train_epochs" if values["max_steps"] > 0 else "max_steps")  # not both
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return [str(path)]
+
+
+def _run(start: Starter, args: Arguments, world_size: int, folder: Path, **changes: Any) -> None:
+    """Train to the last step and save there."""
+    argv = _write_flags(folder.with_suffix(".json"), args, output_dir=str(folder), **changes)
+    exit_code = start(argv, world_size)
     if exit_code == ExitCode.USER_ERROR:
         raise UserError("the run to verify is refused: see the lines above")
+    if exit_code == ExitCode.NON_FINITE:
+        raise VerifyError("the run to verify is not finite: see the lines above")
     if exit_code:
         raise RuntimeError(f"the run to verify ended with exit code {exit_code}")
 
 
+def _environment() -> dict[str, str]:
+    """This process's, without what a launcher around it has put there."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    prefixes = ("TORCHELASTIC_", "ACCELERATE_", "CROSS_", "GROUP_", "ROLE_")
+    return {name: v for name, v in os.environ.items() if name not in names and not name.startswith(prefixes)}
+
+
 def start_processes(argv: list[str], world_size: int) -> int:
     """train.py in `world_size` processes of this machine, out of reach of the variables of any launcher around us."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in names and not name.startswith(("TORCHELASTIC_", "ACCELERATE_"))
-    }
+    environment = _environment()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -161,12 +223,13 @@ def start_processes(argv: list[str], world_size: int) -> int:
     script = str(Path(__file__).with_name("train.py"))
     codes, processes = [], []
     for rank in range(world_size):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        own |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), str(world_size))
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(
             subprocess.Popen(
                 [sys.executable, script, *argv],
-                env=environment | {name: str(value) for name, value in own.items()},
+                env=environment | own,
                 stdout=subprocess.DEVNULL,
             )
         )
@@ -176,74 +239,6 @@ def start_processes(argv: list[str], world_size: int) -> int:
         for process in processes:
             process.kill()
     return next((code for code in codes if code), 0)
-
-
-def run_plain(
-    args: Arguments, resolved: ResolvedConfig
-) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
-    """The same steps in plain torch: (loss and grad_norm of each step, weights before, weights after) by name."""
-    import torch
-
-    from dstrain.data import build_data, build_loader, build_tokenizer
-    from dstrain.data.tokenization import pad_token_id
-    from dstrain.models.build import build_model
-    from dstrain.models.config import load_model_config, max_positions
-    from dstrain.plain import PlainEngine
-
-    config = load_model_config(args.model)
-    tokenizer = build_tokenizer(args.model.tokenizer_name, args.model.trust_remote_code)
-    data = build_data(
-        args.data,
-        tokenizer,
-        seed=args.run.seed,
-        block_size=args.data.block_size or min(1024, max_positions(config) or 1024),
-        is_main_per_host=True,
-        barrier=lambda: None,
-    )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}[resolved.precision]
-    plain_model = dataclasses.replace(args.model, gradient_checkpointing=False)
-    model = build_model(plain_model, config, seed=args.run.seed, dtype=dtype)
-    engine = PlainEngine(model, resolved)
-    before, lines = _named(model, engine.masters), []
-    with build_loader(
-        data.train,
-        seed=args.run.seed,
-        global_batch=resolved.global_batch,
-        micro_batch=resolved.micro_batch,
-        dp_rank=0,
-        dp_size=1,
-        pad_token_id=pad_token_id(tokenizer),
-    ) as loader:
-        for _ in range(STEPS):
-            result = engine.train_batch([_unpacked(batch) for batch in next(loader)])
-            lines.append({"loss": float(result.loss), "grad_norm": float(result.grad_norm)})
-    return lines, before, _named(model, engine.masters)
-
-
-def _named(model: Any, masters: list[Any]) -> dict[str, Any]:
-    """Parameter name -> a copy of its fp32 master."""
-    return {name: m.detach().clone() for (name, _), m in zip(model.named_parameters(), masters, strict=True)}
-
-
-def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
-    """A packed micro-batch as one padded row per document; any other as it is."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    if "position_ids" not in batch:
-        return batch
-    ids, labels = [], []
-    for row in range(len(batch["input_ids"])):
-        starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist() + [batch["input_ids"].shape[1]]
-        for a, b in itertools.pairwise(starts):
-            if b - a > 1:  # a real document has at least two tokens: the rest is padding
-                ids.append(batch["input_ids"][row, a:b])
-                labels.append(batch["labels"][row, a:b])
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-    }
 
 
 def _train_lines(folder: Path) -> list[dict[str, Any]]:
@@ -265,56 +260,59 @@ def _weights(folder: Path) -> dict[str, Any]:
     return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _compare(
-    resolved: ResolvedConfig,
-    parallel: list[dict[str, Any]],
-    plain: list[dict[str, Any]],
-    weights: dict[str, Any],
-    before: dict[str, Any],
-    after: dict[str, Any],
-) -> list[Comparison]:
-    precision = "bf16" if resolved.autocast_dtype else resolved.precision
-    loss_bound, norm_bound, change_bound = BOUNDS[precision]
-    results = []
-    for step, (a, b) in enumerate(zip(parallel, plain, strict=True), 1):
-        results.append(Comparison(f"loss of step {step}", _relative(a["loss"], b["loss"]), loss_bound))
-        results.append(
-            Comparison(f"gradient norm of step {step}", _relative(a["grad_norm"], b["grad_norm"]), norm_bound)
-        )
-    results.extend(_changes(weights, before, after, change_bound))
-    return results
+def _compare(bounds: Bounds, lines: list[dict[str, Any]], weights: dict[str, Any], plain: Any) -> Iterator[Comparison]:
+    assert len(lines) == len(plain.lines) == STEPS
+    pairs = list(zip(lines, plain.lines, strict=True))
+    for name, what, bound in (("tokens", "label tokens", 0.0), ("learning_rate", "learning rate", 1e-6)):
+        yield Comparison(f"{what} of any step", max(_relative(a[name], b[name]) for a, b in pairs), bound)
+    for step, (a, b) in enumerate(pairs, 1):
+        yield Comparison(f"loss of step {step}", _relative(a["loss"], b["loss"]), bounds.loss)
+        yield Comparison(f"gradient norm of step {step}", _relative(a["grad_norm"], b["grad_norm"]), bounds.norm)
+    yield from _compare_changes(bounds, weights, plain)
 
 
-def _changes(
-    weights: dict[str, Any], before: dict[str, Any], after: dict[str, Any], bound: float
-) -> Iterator[Comparison]:
-    for name, end in after.items():
+def _compare_changes(bounds: Bounds, weights: dict[str, Any], plain: Any) -> Iterator[Comparison]:
+    """What the steps did: to each parameter, and to all together."""
+    parameters, sums = [], [0.0, 0.0, 0.0]
+    for name, end in plain.after.items():
         if name not in weights:
-            yield Comparison(f"{name} (missing)", math.inf, bound)
+            parameters.append(Comparison(f"{name} (missing)", math.inf, bounds.parameter, True))
             continue
-        change = (end - before[name]).norm().item()
+        own = (weights[name].float() - plain.before[name]).norm().item()
+        change = (end - plain.before[name]).norm().item()
         difference = (weights[name].float() - end).norm().item()
         # A change below what fp32 resolves in the weight itself is rounding.
         floor = 1e-6 * end.norm().item()
-        yield Comparison(name, difference / max(change, floor, 1e-30), bound)
+        parameters.append(Comparison(name, difference / max(change, floor, 1e-30), bounds.parameter, True))
+        sums = [total + x**2 for total, x in zip(sums, (own, change, difference), strict=True)]
+    own, change, difference = (math.sqrt(total) for total in sums)
+    yield Comparison("length of the change of all parameters", _relative(own, change), bounds.length)
+    yield Comparison("change of all parameters", _relative(difference + change, change), bounds.change)
+    yield from parameters
 
 
-def _compare_resumed(whole: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> Comparison:
-    errors = [_relative(b["loss"], a["loss"]) for a, b in zip(whole, resumed, strict=True)]
-    return Comparison(f"loss, resumed after step {RESUME_AT} against uninterrupted", max(errors), 0.0)
+def _compare_resumed(
+    whole: list[dict[str, Any]], resumed: list[dict[str, Any]], weights: dict[str, Any], again: dict[str, Any]
+) -> Iterator[Comparison]:
+    """To the bit, at the same layout."""
+    pairs, what = list(zip(whole, resumed, strict=True)), f"resumed after step {RESUME_AT} against uninterrupted"
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm"), ("learning_rate", "learning rate")):
+        yield Comparison(f"{words}, {what}", max(_relative(b[name], a[name]) for a, b in pairs), 0.0)
+    largest = max((weights[name] - again[name]).abs().max().item() for name in weights)
+    yield Comparison(f"any weight, {what}", largest, 0.0)
 
 
 def _relative(a: float | None, b: float | None) -> float:
     if a is None or b is None:  # metrics.jsonl has null for what is not finite
         return math.nan
-    return abs(a - b) / max(abs(b), 1e-30)
+    return 0.0 if a == b else abs(a - b) / max(abs(b), 1e-30)
 
 
 def report(results: list[Comparison], *, shown: int = 12) -> str:
-    """A table of what was compared: every step, and of the parameters those that differ most."""
-    steps = [r for r in results if " of step " in r.what or "resumed" in r.what]
-    parameters = sorted((r for r in results if r not in steps), key=lambda r: (r.equal, -r.error))
-    rows = [*steps, *parameters[:shown]]
+    """A table of what was compared: every number of a step, and of the parameters those that differ most."""
+    numbers = [r for r in results if not r.is_parameter]
+    parameters = sorted((r for r in results if r.is_parameter), key=lambda r: (r.equal, -r.error))
+    rows = [*numbers, *parameters[:shown]]
     width = max(len(r.what) for r in rows)
     lines = [f"{'compared':{width}}  {'error':>9}  {'bound':>9}"]
     lines += [f"{r.what:{width}}  {r.error:9.2e}  {r.bound:9.2e}{'' if r.equal else '  DIFFERS'}" for r in rows]
@@ -327,16 +325,71 @@ def first_difference(results: list[Comparison]) -> Comparison | None:
     return next((result for result in results if not result.equal), None)
 
 
+def gate(args: Arguments) -> None:
+    """`--verify`: rank 0 runs `dstrain verify` with these flags while the others wait. A collective.
+
+    In a process of its own, so that neither its memory nor what it does to torch is this run's. Raises, on every rank,
+    VerifyError for a difference and UserError for what verify refuses; RuntimeError when it ends otherwise.
+    """
+    from dstrain.distributed import gather_objects
+
+    launch = Launch.from_environment()
+    hosts = gather_objects(launch.local_rank).count(0)
+    if hosts > 1:
+        raise UserError(
+            f"--verify starts its processes on one machine, and this run has {hosts}: leave it out, and run "
+            f"`dstrain verify --world_size {launch.world_size}` with the same flags on one machine before"
+        )
+    exit_code, said = gather_objects(_verify_elsewhere(args, launch.world_size) if launch.is_main else None)[0]
+    prefix = "dstrain: error: "
+    problems = [line.removeprefix(prefix) for line in said.splitlines() if line.startswith(prefix)]
+    if exit_code == ExitCode.VERIFY_FAILED and problems:
+        raise VerifyError(problems)
+    if exit_code == ExitCode.USER_ERROR and problems:
+        raise UserError(problems)
+    if exit_code:
+        raise RuntimeError(f"dstrain verify ended with exit code {exit_code}\n{said[-4000:]}")
+
+
+def _verify_elsewhere(args: Arguments, world_size: int) -> tuple[int, str]:
+    """Exit code and stderr of `dstrain verify`; its table goes to the screen."""
+    from dstrain.monitor.logs import screen
+
+    print("comparing this configuration with plain torch on a shallower model", file=screen())
+    with tempfile.TemporaryDirectory(prefix="dstrain_verify_") as scratch:
+        argv = _write_flags(Path(scratch, "flags.json"), args, verify=False, local_rank=-1)
+        done = subprocess.run(
+            [*command(), "--world_size", str(world_size), *argv],
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+    print(done.stdout, end="", file=screen())
+    return done.returncode, done.stderr
+
+
+def command() -> list[str]:
+    """`dstrain verify`, from this installation, whatever lies in the working directory."""
+    code = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from dstrain.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", code, "verify"]
+
+
 def main(argv: list[str]) -> int:
-    """`dstrain verify [--world_size N] FLAGS`, the flags of dstrain/train.py. Prints the table; 78 when anything differs."""
+    """`dstrain verify [--world_size N] FLAGS`, the flags of dstrain/train.py. Prints the table.
+
+    Raises VerifyError, which names the first number that differs.
+    """
     parser = argparse.ArgumentParser(prog="dstrain verify", add_help=False, allow_abbrev=False)
-    parser.add_argument("--world_size", type=int, default=2)
+    parser.add_argument("--world_size", nargs="?", default="2")
     own, train_flags = parser.parse_known_args(argv)
-    results = verify(parse_arguments(train_flags), own.world_size)
+    if not (own.world_size or "").isdecimal() or not int(own.world_size):
+        raise UserError(f"--world_size is {own.world_size!r}: write a number of processes")
+    results = verify(parse_arguments(train_flags), int(own.world_size))
     print(report(results))
     wrong = first_difference(results)
     if wrong is not None:
-        print(f"dstrain: error: {wrong.what} differs from plain torch by {wrong.error:.2e}", file=sys.stderr)
-        return ExitCode.VERIFY_FAILED
-    print(f"{len(results)} numbers equal those of plain torch")
+        of = "the uninterrupted run" if "resumed" in wrong.what else "plain torch"
+        raise VerifyError(f"verify: {wrong.what} differs from {of} by {wrong.error:.2e} (bound {wrong.bound:.0e})")
+    print(f"{len(results)} numbers equal those of plain torch and of the resumed run")
     return ExitCode.FINISHED
