@@ -35,6 +35,22 @@ def assert_resumes_bit_exactly(folder, values, ranks, **options):
     assert ck.state_files(copied) == ck.state_files(whole)
 
 
+SHIPPED = [p.stem for p in sorted((ck.ROOT / "ds_configs").glob("*.json"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_configuration_resumes_bit_exactly(name, tmp_path, request):
+    if "fp16" in name:
+        pytest.skip("this CPU has no fp16")
+    if "nvme" in name:
+        request.getfixturevalue("libaio")
+    values = ck.shipped(name)
+    dims = [values.get("pipeline", {}).get("stages", 1), values.get("tensor_parallel", {}).get("autotp_size", 1)]
+    ranks = max(2, dims[0] * dims[1] * values.get("sequence_parallel_size", 1) * (2 if "dp2" in name else 1))
+    assert_resumes_bit_exactly(tmp_path, values, ranks, model={"attention_dropout": 0.0})
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_layout_gives_the_same_bits(name, tmp_path):
     values, ranks = LAYOUTS[name]
