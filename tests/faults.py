@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])
+
 from tests.distributed import parity
 from tests.launch import PORT, ROOT, environment
 
@@ -112,7 +115,8 @@ class FaultyRun:
         return [line["text"] for line in self.metrics("event") if line["name"] == name]
 
     def stderr(self, rank: int) -> str:
-        return (self.inputs / f"rank{rank}.err").read_text()
+        path = self.inputs / f"rank{rank}.err"
+        return path.read_text() if path.exists() else ""
 
 
 def flags(folder: Path, config: dict[str, Any] = CONFIG, model: dict[str, Any] = parity.LLAMA) -> list[str]:
@@ -122,7 +126,7 @@ def flags(folder: Path, config: dict[str, Any] = CONFIG, model: dict[str, Any] =
     (folder / "ds.json").write_text(json.dumps(config))
     return [
         *("--deepspeed_config", str(folder / "ds.json"), "--config_name", str(folder / "model.json")),
-        *("--output_dir", str(folder / "run"), "--report_to", "none", "--block_size", "64", "--max_eval_batches", "2"),
+        *("--output_dir", str(folder / "run"), "--report_to", "none", "--block_size", "64", "--max_eval_batches", "5"),
     ]
 
 
