@@ -21,7 +21,12 @@ _BY_VALUE = (
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts index_topk linear_num_heads"),
     (2, "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts index_n_heads"),
     (8, "head_dim attention_head_dim sliding_window qk_nope_head_dim qk_rope_head_dim v_head_dim linear_head_dim"),
-    (8, "hidden_size_per_layer_input laurel_rank"),
+    (
+        8,
+        "hidden_size_per_layer_input laurel_rank linear_key_head_dim linear_value_head_dim mamba_d_state mamba_chunk_size",
+    ),
+    (2, "linear_num_key_heads"),
+    (4, "linear_num_value_heads"),
     (64, "max_position_embeddings n_positions n_ctx max_seq_len context_length"),
     (0, "pad_token_id"),
     (2, "eos_token_id"),
@@ -106,6 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "dots3_note_text": _DOTS3,
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _SLIDING, "intermediate_size": 48},
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},

@@ -199,6 +199,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where to write the table")
     arguments = parser.parse_args()
     chosen = arguments.types.split(",") if arguments.types else model_types()
+    torch.set_num_threads(1)
+    probe_layers(tiny_model("llama", device="meta"))  # what torch imports on first use is then there in every fork
     outcomes = []
     for model_type in chosen:
         for o in examine_apart(model_type, arguments.stages):

@@ -164,8 +164,9 @@ class _Probe:
         described = pytree.tree_map(_describe, output)
         leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
         for index, leaf in enumerate(leaves):
-            key = (self.marks.address(leaf), tuple(leaf.shape))
-            self.made[i].setdefault(key, []).append((name, index, described))
+            if self.marks.get(leaf):  # only a marked storage stays alive: the address of another may be used again
+                key = (self.marks.address(leaf), tuple(leaf.shape))
+                self.made[i].setdefault(key, []).append((name, index, described))
 
     def leave(self, i: int, _module: nn.Module, _args: tuple, output: Any) -> None:
         self.graph.outputs.append(pytree.tree_map(_describe, output))
