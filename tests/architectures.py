@@ -21,10 +21,8 @@ _BY_VALUE = (
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts index_topk linear_num_heads"),
     (2, "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts index_n_heads"),
     (8, "head_dim attention_head_dim sliding_window qk_nope_head_dim qk_rope_head_dim v_head_dim linear_head_dim"),
-    (
-        8,
-        "hidden_size_per_layer_input laurel_rank linear_key_head_dim linear_value_head_dim mamba_d_state mamba_chunk_size",
-    ),
+    (8, "hidden_size_per_layer_input laurel_rank mamba_d_state mamba_chunk_size"),
+    (8, "linear_key_head_dim linear_value_head_dim"),
     (2, "linear_num_key_heads"),
     (4, "linear_num_value_heads"),
     (64, "max_position_embeddings n_positions n_ctx max_seq_len context_length"),
