@@ -198,6 +198,8 @@ def _by_liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     return loss(weight, hidden, target, bias).float()
 
 
+# Compiling its loop over chunks gains nothing over the kernels called there, and breaks at the masked tokens' number.
+@torch.compiler.disable
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
