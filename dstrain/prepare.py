@@ -4,14 +4,14 @@ import math
 import os
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
-from dstrain.errors import ExitCode, NonFiniteError, UserError
+from dstrain.errors import ExitCode, UserError
 from dstrain.parallel import Launch
 from dstrain.run import Run, Startup
 from dstrain.run_folder import RunFolder, environment_facts
@@ -73,7 +73,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
 
     with QuietOutput(Launch.from_environment().rank) as quiet:
         from dstrain import distributed
-        from dstrain.resilience.guard import as_non_finite
+        from dstrain.resilience.causes import how_it_ended, rename_error
         from dstrain.resilience.safety import Safety
 
         safety, run = Safety(Launch.from_environment().rank), None
@@ -85,15 +85,16 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
             safety.stop.signals.ignore()
             distributed.leave()
         except BaseException as caught:
-            error = as_non_finite(caught)
-            code, reason = _how_it_ended(error)
+            error = rename_error(caught)
+            code, reason = how_it_ended(error)
             reason = safety.failing(code, reason)
             if code == ExitCode.CRASH:
                 traceback.print_exc()  # into the rank's log; the screen gets it when this process ends
             if run is not None and run.monitor is not None:
                 if code == ExitCode.NON_FINITE:  # agreed by all ranks: a good checkpoint may still be under way
                     run.finish_saves()
-                run.end(code, reason)
+                with suppress(OSError):  # a full disk takes no summary: the supervisor or the next start writes it
+                    run.end(code, reason)
             if error is not caught:
                 raise error from caught
             raise
@@ -101,14 +102,6 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
             safety.close()
             if run is not None and run.loader is not None:
                 run.loader.close()
-
-
-def _how_it_ended(error: BaseException) -> tuple[ExitCode, str]:
-    if isinstance(error, UserError):
-        return error.exit_code, "; ".join(error.problems)
-    if isinstance(error, NonFiniteError):
-        return ExitCode.NON_FINITE, str(error)
-    return ExitCode.CRASH, f"{type(error).__name__}: {error}"
 
 
 def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any) -> Run:

@@ -18,7 +18,6 @@ import torch
 from dstrain import distributed
 from dstrain.errors import NonFiniteError
 
-AT_MINIMUM_SCALE = "loss scale already at minimum"  # DynamicLossScaler.update_scale raises a bare Exception
 _SPIKE_WINDOW, _SPIKE_MIN_STEPS = 64, 20
 _SPIKE_DEVIATIONS, _SPIKE_RELATIVE = 8.0, 0.2
 
@@ -160,12 +159,3 @@ class Guard:
                 )
             self._spiking = reading.loss > bound
         self._losses.append(reading.loss)
-
-
-def as_non_finite(error: BaseException) -> BaseException:
-    """DeepSpeed's way of saying that the fp16 scale cannot get smaller, by its name; any other error as it is."""
-    if type(error) is Exception and AT_MINIMUM_SCALE in str(error):
-        return NonFiniteError(
-            "the fp16 loss scale is at its minimum and gradients still overflow: use bf16, or lower lr"
-        )
-    return error

@@ -55,7 +55,9 @@ class TcpLifeline(Lifeline):
         self._peers: dict[int, socket.socket] = {}
         offer: list[Any] = [None]
         if rank == 0:
-            server = socket.create_server(("", 0), backlog=world_size)
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            server = socket.create_server(("", 0), family=family, backlog=world_size, dualstack_ipv6=dual)
             offer = [(server.getsockname()[1], secrets.token_hex(16))]
         dist.broadcast_object_list(offer, src=0)
         port, token = offer[0]

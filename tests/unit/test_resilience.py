@@ -1,5 +1,6 @@
 """The parts of a run that survives, one by one; tests/distributed has them in real runs."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 
 from dstrain.errors import NonFiniteError
 from dstrain.resilience import recorder, watchdog
-from dstrain.resilience.guard import Guard, as_non_finite
+from dstrain.resilience.causes import how_it_ended, rename_error
+from dstrain.resilience.guard import Guard
 from dstrain.resilience.signals import AgreedStop, launchers_above
 from tests.launch import ROOT, environment
 
@@ -142,9 +144,15 @@ def test_the_end_of_the_fp16_scale_is_non_finite():
     scaler = DynamicLossScaler(1.0, 1000, 1.0, 1, False)
     with pytest.raises(Exception, match="minimum") as raised:
         scaler.update_scale(True)
-    assert isinstance(as_non_finite(raised.value), NonFiniteError)
+    assert how_it_ended(rename_error(raised.value))[0] == 77
     error = ValueError("other")
-    assert as_non_finite(error) is error
+    assert rename_error(error) is error and how_it_ended(error) == (1, "ValueError: other")
+
+
+def test_a_full_disk_is_for_the_user_to_mend():
+    code, reason = how_it_ended(rename_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/x")))
+    assert code == 2 and reason.startswith("runs/a/x: No space left on device: free space")
+    assert how_it_ended(rename_error(PermissionError(errno.EACCES, "no")))[0] == 1
 
 
 def test_a_spike_is_one_event_and_noise_is_none():
