@@ -61,14 +61,6 @@ _QWEN4 = {
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
-    "gemma4_unified_assistant": {
-        "text_config": {
-            "model_type": "gemma4_unified_text",
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 4,
-        },
-        "backbone_hidden_size": 32,
-    },
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "vocab_size": 260,
@@ -111,10 +103,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_text": _DOTS3,
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _SLIDING, "intermediate_size": 48},
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4},
-        "backbone_hidden_size": 32,
-    },
     "glm4_moe_lite": _MLA,
     "glm_moe_dsa": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
@@ -161,6 +149,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+# Why a type cannot be examined, where its error does not say it.
+KNOWN = {
+    "gemma4_assistant": "drafts for a larger model whose keys and values it reads, so it does not train alone",
+    "gemma4_unified_assistant": "drafts for a larger model whose keys and values it reads, so it does not train alone",
+    "musicgen": "AutoModelForCausalLM cannot build it from its own configuration",
+    "musicgen_melody": "AutoModelForCausalLM cannot build it from its own configuration",
+}
+
+
 def no_dropout(values: dict) -> dict:
     words = ("dropout", "pdrop", "layerdrop", "drop_rate", "jitter")
     return {
@@ -177,19 +174,20 @@ def tiny_config(model_type: str):
 
 
 def _tiny(config_class, special):
+    """A small configuration; blocks of a composite one are made small in the same way."""
     defaults = config_class()
     values = {**vars(defaults)}
     kwargs = no_dropout(values)
     for name, value in GENERIC.items():
         if name in values and values[name] is not None and name not in special:
             kwargs[name] = value
-    for name in config_class.sub_configs or {}:
-        if isinstance(special.get(name), dict) or name not in special:
-            cls = type(getattr(defaults, name, None))
-            if "model_type" in special.get(name, {}):
-                cls = CONFIG_MAPPING[special[name]["model_type"]]
-            if hasattr(cls, "sub_configs"):
-                kwargs[name] = _tiny(cls, special.get(name, {})).to_dict()
+    named = {
+        k: CONFIG_MAPPING[v["model_type"]] for k, v in special.items() if isinstance(v, dict) and "model_type" in v
+    }
+    blocks = {k: type(getattr(defaults, k, None)) for k in config_class.sub_configs or {}} | named
+    for name, block in blocks.items():
+        if hasattr(block, "sub_configs"):
+            kwargs[name] = _tiny(block, special.get(name, {})).to_dict()
     kwargs.update({k: v for k, v in special.items() if k not in kwargs or not isinstance(v, dict)})
     return config_class(**kwargs)
 

@@ -25,7 +25,7 @@ from dstrain.models.pipeline import PipelinePlan, plan_stages
 from dstrain.models.pipeline_graph import NotAChainError
 from dstrain.models.pipeline_probe import PROBE_BATCH, PROBE_LENGTH, probe_layers
 from dstrain.models.stage import Stage
-from tests.architectures import model_types, tiny_inputs, tiny_model
+from tests.architectures import KNOWN, model_types, tiny_inputs, tiny_model
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BOUND, LIMIT_S = 1e-5, 60.0
@@ -120,7 +120,8 @@ def examine(model_type: str, stages: list[int]) -> list[Outcome]:
         model, inputs = tiny_model(model_type), tiny_inputs(model_type)
         graph = probe_layers(meta, tiny_inputs(model_type, PROBE_BATCH, PROBE_LENGTH))
     except Exception as error:
-        return [Outcome(model_type, n, False, _reason(error), wall_s=time.perf_counter() - started) for n in stages]
+        reason = f"{KNOWN[model_type]} ({_reason(error)})" if model_type in KNOWN else _reason(error)
+        return [Outcome(model_type, n, False, reason, wall_s=time.perf_counter() - started) for n in stages]
     outcomes = []
     for num_stages in stages:
         errors, reason = (0.0, 0.0, 0.0), ""
