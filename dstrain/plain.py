@@ -14,14 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig
+from dstrain.config.reading import class_of
 from dstrain.data import build_data, build_loader, build_tokenizer
 from dstrain.data.tokenization import pad_token_id
 from dstrain.engine import Batch, StepResult, count_tokens, parameter_groups
 from dstrain.errors import UserError
 from dstrain.models.build import build_model
 from dstrain.models.config import load_model_config, max_positions
-
-TORCH_OPTIMIZERS = {"adamw": "AdamW", "adam": "AdamW", "sgd": "SGD", "adagrad": "Adagrad"}
 
 
 class PlainEngine:
@@ -81,19 +80,29 @@ class PlainEngine:
 
 def _build_optimizer(model: nn.Module, masters: list[torch.Tensor], resolved: ResolvedConfig) -> torch.optim.Optimizer:
     """The torch optimizer of the same name over the fp32 masters, with the engine's weight decay groups."""
-    kind = TORCH_OPTIMIZERS.get(resolved.optimizer_type.lower())
-    if kind is None:
-        raise UserError(
-            f"optimizer.type {resolved.optimizer_type} has no counterpart in torch to compare with: "
-            f"use one of {', '.join(TORCH_OPTIMIZERS)}"
-        )
-    params = dict(resolved.deepspeed["optimizer"].get("params", {}))
-    for name in ("torch_adam", "adam_w_mode", "fused"):
-        params.pop(name, None)
+    kind, params = _torch_optimizer(resolved)
     weight_decay = params.pop("weight_decay", 0.0)
     of = dict(zip(model.parameters(), masters, strict=True))
     groups = [{**group, "params": [of[p] for p in group["params"]]} for group in parameter_groups(model, weight_decay)]
     return getattr(torch.optim, kind)(groups, **params)
+
+
+def _torch_optimizer(resolved: ResolvedConfig) -> tuple[str, dict[str, Any]]:
+    """Name of the class in torch.optim and its parameters. Raises UserError where torch has none that does the same."""
+    cls, params = class_of(resolved.deepspeed), dict(resolved.deepspeed["optimizer"].get("params", {}))
+    assert cls is not None, "a resolved configuration names its optimizer"
+    package, _, kind = cls.name.rpartition(".")
+    for name in ("torch_adam", "fused", "set_grad_none", "fp32_optimizer_states"):
+        params.pop(name, None)
+    if "Adam" in kind and resolved.optimizer_type.lower() in ("adam", "adamw"):
+        decoupled = params.pop("adam_w_mode", True) or resolved.optimizer_type.lower() == "adamw"
+        kind = "AdamW" if decoupled else "Adam"
+    elif not package:
+        kind = {"DeepSpeedCPUAdagrad": "Adagrad"}.get(kind, "")
+    if not kind or params.pop("bias_correction", True) is False:
+        what = f"optimizer.type {resolved.optimizer_type}" if not kind else "optimizer.params.bias_correction false"
+        raise UserError(f"{what} has no counterpart in torch to compare with: verify AdamW, Adam or SGD in its place")
+    return kind, params
 
 
 def _build_scheduler(optimizer: torch.optim.Optimizer, resolved: ResolvedConfig) -> Any:

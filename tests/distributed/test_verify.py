@@ -1,0 +1,298 @@
+"""The gate passes every kind of parallelism, and finds each silently wrong number when its repair is switched off.
+
+Ranks come from the fork server of parity.py; a patch runs in them before `main`, as if dstrain had not repaired that.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from dstrain.arguments import parse_arguments
+from dstrain.errors import ExitCode
+from dstrain.verify import Comparison, Starter, first_difference, report, verify
+from tests.distributed import parity
+from tests.distributed.parity import ADAMW, BF16, LLAMA, MODELS, SGD, SGD_CLIPPED, zero
+from tests.launch import PORT, environment
+
+Patch = Callable[[], None]
+PP2, TP2, SP2 = {"pipeline": {"stages": 2}}, {"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}
+WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1000}}}
+SMALL = {"train_batch_size": 4}
+
+
+def start_ranks(argv: list[str], world_size: int, folder: Path, patch: Patch | None = None) -> list[int]:
+    """Exit codes of forked ranks of train.py."""
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(parity.PRELOADED)
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        ranks = [
+            context.Process(target=_rank, args=(patch, argv, rank, world_size, str(folder), PORT), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def _rank(patch: Patch | None, *args: Any) -> None:
+    if patch is not None:
+        patch()
+    parity._rank(*args)
+
+
+def run_gate(folder: Path, model: dict, config: dict, *flags: str, ranks: int = 2, patch: Patch | None = None):
+    """The gate's comparisons, with `patch` in every rank and not in the plain run."""
+
+    def start(argv: list[str], world_size: int) -> int:
+        codes = start_ranks(argv, world_size, folder / "ranks", patch)
+        if any(codes):
+            print((folder / "ranks" / "rank0.err").read_text()[-3000:])
+        return max(codes, key=abs)
+
+    starter: Starter = start
+    results = verify(parse_arguments(_argv(folder, model, config, *flags)), ranks, starter)
+    print(report(results))
+    return results
+
+
+def _argv(folder: Path, model: dict, config: dict, *flags: str) -> list[str]:
+    (folder / "model.json").write_text(json.dumps(model))
+    (folder / "ds.json").write_text(json.dumps(SMALL | {**config, "train_batch_size": 4}))
+    argv = ["--deepspeed_config", str(folder / "ds.json"), "--config_name", str(folder / "model.json")]
+    return [*argv, *([] if "--block_size" in flags else ["--block_size", "64"]), *flags]
+
+
+def documents(folder: Path) -> list[str]:
+    """Prompts with completions of very different lengths: ranks get different numbers of label tokens."""
+    path = folder / "documents.jsonl"
+    lines = [{"prompt": f"p {i}", "completion": "word " * (1 + i * i % 13)} for i in range(64)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return ["--train_file", str(path)]
+
+
+EQUAL = {
+    "zero2 packed": (LLAMA, ADAMW | zero(2), "--packing"),
+    "zero3 bf16": (LLAMA, ADAMW | BF16 | WARMUP | zero(3)),
+    "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1)),
+    "tp2": (LLAMA, ADAMW | TP2 | zero(1)),
+    "sp2 packed": (MODELS["gemma3"], ADAMW | SP2 | zero(1), "--packing"),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal(tmp_path, name):
+    model, config, *flags = EQUAL[name]
+    results = run_gate(tmp_path, model, config, *(documents(tmp_path) if flags else []), *flags)
+    assert first_difference(results) is None
+    assert {r.bound for r in results if "resumed" in r.what} == {0.0}
+    assert len([r for r in results if r.is_parameter]) >= 21
+
+
+# One repair each, switched off.
+
+
+def sum_for_mean_over_sequence_ranks() -> None:
+    """The documented loss of Ulysses, below stage 3."""
+    from dstrain.parallel import ParallelDims
+
+    ParallelDims.gradient_ranks = lambda self, zero_stage: self.dp_size * self.sp_size
+
+
+def drop_masks() -> None:
+    from dstrain.models.sequence import SequenceParallel
+
+    SequenceParallel._make_mask = lambda self, window, device: None
+    SequenceParallel.check = lambda self, engine, head: None
+
+
+def draw_weights_in_zero_init() -> None:
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dstrain.models import build
+
+    def build_model(margs: Any, config: Any, *, seed: int, dtype: Any, zero3_config: Any, device: Any) -> Any:
+        torch.manual_seed(seed)
+        with deepspeed.zero.Init(config_dict_or_path=zero3_config):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+    build.build_model = build_model
+
+
+def without_rules(*names: str) -> None:
+    """For the gate itself too: else it would refuse before it runs."""
+    from dstrain.config import resolve
+
+    for table in ("EARLY", "RULES"):
+        rules = getattr(resolve, table)
+        setattr(resolve, table, tuple(rule for rule in rules if rule.__name__ not in names))
+
+
+def absent_clipping_is_off() -> None:
+    from dstrain.config import resolve
+
+    complete = resolve._Completion.fill_defaults
+
+    def fill_defaults(self: Any) -> None:
+        complete(self)
+        if self.origins.get("gradient_clipping") == "default":
+            del self.config["gradient_clipping"]
+
+    resolve._Completion.fill_defaults = fill_defaults
+    resolve.ResolvedConfig.gradient_clipping = property(lambda self: self.deepspeed.get("gradient_clipping", 0.0))
+
+
+def mean_of_means() -> None:
+    """Every rank divides by its own number of label tokens."""
+    import torch.distributed as dist
+
+    from dstrain import engine
+
+    token_loss = engine.token_loss
+
+    def own_mean(*args: Any) -> Any:
+        loss, tokens = token_loss(*args)
+        everybody = tokens.float()
+        dist.all_reduce(everybody)
+        return loss * (everybody / dist.get_world_size() / tokens), tokens
+
+    engine.token_loss = own_mean
+
+
+def forget_moments() -> None:
+    from dstrain.checkpoint import manager
+
+    load_snapshot = manager.load_snapshot
+
+    def load_without_moments(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load_snapshot(engine, *args, **kwargs)
+        for state in engine.optimizer.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name].zero_()
+        return result
+
+    manager.load_snapshot = load_without_moments
+
+
+def sixteen_bits_at_stage_0() -> None:
+    """Not refused, and the checkpoint that dstrain does not write for it is written."""
+    from dstrain.checkpoint import state
+    from dstrain.checkpoint.layout import Fragment, Shard
+
+    def open_shards(engine: Any, names: dict[int, str], *, changing: bool) -> Any:
+        optimizer = engine.optimizer
+        for low, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for p, master in zip(low, masters, strict=True):
+                fragments = (Fragment(names[id(p)], 0, 0, p.numel()),)
+                yield Shard(master, optimizer.optimizer.state[master], fragments, True)
+
+    without_rules("stage_for_sixteen_bits", "sixteen_bits_at_stage_0")
+    state.open_shards = open_shards
+
+
+UNCLIPPED = {name: value for name, value in SGD.items() if name != "gradient_clipping"}
+STEEP = LLAMA | {"initializer_range": 0.3}  # gradients of a norm above 1
+DECAY = ADAMW | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 10.0, "torch_adam": True}}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+
+# What is wrong: model, configuration, patch in the ranks, in the gate too, and the first number that differs.
+WRONG: dict[str, tuple[dict, dict, Patch, bool, str]] = {
+    "ulysses gradients": (
+        *(LLAMA, SGD | SP2 | zero(1), sum_for_mean_over_sequence_ranks, False),
+        "gradient norm of step 1",
+    ),
+    "ulysses masks": (MODELS["gemma3"], SGD | SP2 | zero(1), drop_masks, False, "loss of step 1"),
+    "zero.Init": (LLAMA, SGD | zero(3), draw_weights_in_zero_init, False, "loss of step 1"),
+    "autotp clipping": (
+        LLAMA,
+        SGD_CLIPPED | BF16 | TP2 | zero(0),
+        sixteen_bits_at_stage_0,
+        True,
+        "length of the change",
+    ),
+    "pipeline clipping": (
+        *(LLAMA, SGD_CLIPPED | PP2 | zero(0), functools.partial(without_rules, "pipeline_clipping"), True),
+        "loss of step 2",
+    ),
+    "autocast float16": (
+        *(LLAMA, SGD_CLIPPED | AUTOCAST | zero(2), functools.partial(without_rules, "autocast_float16"), True),
+        "gradient norm of step 1",
+    ),
+    "empty step": (LLAMA, DECAY | BF16 | zero(0), sixteen_bits_at_stage_0, True, "loss of step 1"),
+    "clipping by default": (STEEP, UNCLIPPED | zero(1), absent_clipping_is_off, True, "loss of step 2"),
+    "mean of means": (LLAMA, SGD | zero(2), mean_of_means, False, "loss of step 1"),
+    "moments": (LLAMA, ADAMW | zero(1), forget_moments, False, "loss, resumed after step 4"),
+}
+
+ONE_RANK = ("zero.Init", "autocast float16", "empty step", "clipping by default", "moments")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_found(tmp_path, name, monkeypatch):
+    model, config, patch, in_the_gate_too, expected = WRONG[name]
+    flags = documents(tmp_path) if name == "mean of means" else []
+    if in_the_gate_too:
+        from dstrain.checkpoint import state
+        from dstrain.config import resolve
+
+        for table in ("EARLY", "RULES"):  # put back at the end
+            monkeypatch.setattr(resolve, table, getattr(resolve, table))
+        monkeypatch.setattr(state, "open_shards", state.open_shards)
+        monkeypatch.setattr(resolve._Completion, "fill_defaults", resolve._Completion.fill_defaults)
+        monkeypatch.setattr(resolve.ResolvedConfig, "gradient_clipping", resolve.ResolvedConfig.gradient_clipping)
+        patch()
+    ranks = 1 if name in ONE_RANK else 2
+    wrong = first_difference(run_gate(tmp_path, model, config, *flags, ranks=ranks, patch=patch))
+    assert wrong is not None and wrong.what.startswith(expected), wrong
+
+
+# --verify on train.py
+
+
+def double_gradients(python_path: str) -> None:
+    os.environ["PYTHONPATH"] = python_path
+
+
+def accept_at_once() -> None:
+    from dstrain import verify as gate
+
+    gate.command = lambda: [sys.executable, "-c", "print('the table')"]
+
+
+def test_a_difference_ends_every_rank_with_78(tmp_path):
+    """Through the real `dstrain verify`: the ranks that it starts take twice the gradient."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from dstrain.parallel import ParallelDims\nParallelDims.gradient_ranks = lambda self, _: 2 * self.dp_size\n"
+    )
+    argv = [*_argv(tmp_path, LLAMA, SGD | zero(1)), "--verify", "--output_dir", str(tmp_path / "run")]
+    codes = start_ranks(argv, 2, tmp_path / "ranks", functools.partial(double_gradients, str(tmp_path)))
+    said = [line for line in (tmp_path / "ranks/rank0.err").read_text().splitlines() if "dstrain" in line]
+    assert codes == [ExitCode.VERIFY_FAILED] * 2, said
+    assert len(said) == 1 and said[0].startswith("dstrain: error: verify: gradient norm of step 1 differs"), said
+    assert "gradient norm of step 1" in (tmp_path / "ranks/rank0.out").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_equal_numbers_let_the_run_begin(tmp_path):
+    argv = [*_argv(tmp_path, LLAMA, SGD | zero(1)), "--verify", "--output_dir", str(tmp_path / "run")]
+    assert start_ranks([*argv, "--max_steps", "1"], 2, tmp_path / "ranks", accept_at_once) == [0, 0]
+    assert [("the table" in (tmp_path / f"ranks/rank{i}.out").read_text()) for i in (0, 1)] == [True, False]
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_number_that_is_none_differs():
+    assert not Comparison("loss", float("nan"), 1.0).equal
