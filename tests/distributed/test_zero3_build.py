@@ -27,8 +27,8 @@ MODELS = {
     "mixtral": {"model_type": "mixtral", **LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 LR = 0.5
-# 40 M parameters, no unit larger than 6 % of them.
-LARGE = {**LLAMA, "model_type": "llama", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 16}
+# 58 M parameters, no unit larger than 4 % of them; so large that imports and the allocator's slack stay small.
+LARGE = {**LLAMA, "model_type": "llama", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 32}
 
 
 def zero3_config(dtype: torch.dtype) -> dict:
@@ -225,11 +225,11 @@ def test_no_rank_holds_the_whole_model(tmp_path, pretrained):
         name = str(tmp_path / "large")
         model.save_pretrained(name, max_shard_size="50MB")
         del model
-    whole = 4 * (16 * (384 * 1536 * 3 + 384 * 32 * 2 + 384 * 16 * 2 + 2 * 384) + 2 * 97 * 384 + 384)
+    whole = 4 * (32 * (384 * 1536 * 3 + 384 * 32 * 2 + 384 * 16 * 2 + 2 * 384) + 2 * 97 * 384 + 384)
     ranks = run_workers("tests.distributed.test_zero3_build:peak_of_build", 2, name, pretrained)
     for peak, _ in ranks:
         print(f"peak {peak / whole:.2f} of the model")
         assert peak < 0.75 * whole, f"{peak / whole:.2f} of the model"
     units_read = [len(reads) for _, reads in ranks]
     assert units_read[1] == 0
-    assert (units_read[0] > 16) == pretrained
+    assert (units_read[0] > 32) == pretrained
