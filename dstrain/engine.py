@@ -17,6 +17,7 @@ from torch import nn
 from dstrain.config import ResolvedConfig, read_effective
 from dstrain.data.loader import num_tokens
 from dstrain.errors import UserError
+from dstrain.models.experts import gather_expert_blocks_whole
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 from dstrain.models.sequence import WholeSequences, build_sequence_parallel
 from dstrain.models.tensor import gradient_norm
@@ -191,6 +192,8 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
 
         model = build_pipeline_module(stage, resolved.parallel, dist.get_rank())
     sequence = build_sequence_parallel(model, resolved.parallel)
+    if resolved.zero_stage == 3:
+        gather_expert_blocks_whole(model)
     weight_decay = resolved.deepspeed["optimizer"].get("params", {}).get("weight_decay", 0.0)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -42,14 +42,6 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **more}}
 
 
-def tensor_parallel(size: int) -> dict[str, Any]:
-    return {"tensor_parallel": {"autotp_size": size}}
-
-
-def sequence_parallel(size: int) -> dict[str, Any]:
-    return {"sequence_parallel_size": size}
-
-
 _SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
 _HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = {"model_type": "llama", **_SIZES, **_HEADS}
@@ -118,6 +110,20 @@ def run(
     result = start(folder, model, config, *flags, ranks=ranks, timeout_s=timeout_s)
     assert result.exit_codes == [0] * ranks, f"{result.exit_codes}\n{result.stderr[-6000:]}"
     return result
+
+
+class Baselines:
+    """One-rank runs at ZeRO-1, each started once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.runs: dict[str, Run] = {}
+
+    def __call__(self, model: dict[str, Any], config: dict[str, Any], *flags: str) -> Run:
+        key = json.dumps([model, config, flags])
+        if key not in self.runs:
+            self.runs[key] = run(self.folder / str(len(self.runs)), model, config | zero(1), *flags)
+        return self.runs[key]
 
 
 def start(
