@@ -198,26 +198,38 @@ def _release(engine: Any) -> None:
     gc.collect()
 
 
+def _groups(names: list[str]) -> dict[str, list[str]]:
+    """Layouts that one start of processes can hold: DeepSpeed's groups are global, so one kind of parallelism each."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        kind = "zero" if name.startswith("zero") else name[:3]
+        found.setdefault(f"{kind}-{LAYOUTS[name][0]}", []).append(name)
+    return found
+
+
+def _once(path: Path, target: str, world: int, *args: Any) -> Any:
+    """Rank 0's result of a start of `world` processes, kept in a file: an interrupted matrix goes on where it was."""
+    if not path.exists():
+        result = run_workers(f"tests.crossings:{target}", world, *args, group="dstrain", timeout_s=900)[0]
+        path.write_text(json.dumps(result))
+    return json.loads(path.read_text())
+
+
 def cross(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     """ "source > target" -> {error, bound} for every pair of `names`, and "source > export"."""
-    worlds: dict[tuple[int, str], list[str]] = {}
-    for name in names:  # DeepSpeed's process groups are global: one kind of parallelism in one process
-        worlds.setdefault((LAYOUTS[name][0], "" if name.startswith("zero") else name[:3]), []).append(name)
     curves: dict[str, tuple[list[float], float]] = {}
-    for (world, _), members in worlds.items():
-        curves |= run_workers("tests.crossings:save_all", world, str(folder), members, group="dstrain", timeout_s=400)[
-            0
-        ]
+    for key, members in _groups(names).items():
+        curves |= _once(folder / f"save_{key}.json", "save_all", LAYOUTS[members[0]][0], str(folder), members)
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        loss = exported_loss(folder / name / f"step_{SAVED:08d}", folder / f"{name}_hf", SAVED * ck.GLOBAL_BATCH)
+        out = folder / f"{name}_hf"
+        shutil.rmtree(out, ignore_errors=True)
+        loss = exported_loss(folder / name / f"step_{SAVED:08d}", out, SAVED * ck.GLOBAL_BATCH)
         bound = 1e-5 if is_fp32(name) else 2e-2
         results[f"{name} > export"] = {"error": abs(loss - curves[name][1]) / loss, "bound": bound}
-    for (world, _), members in worlds.items():
-        found = run_workers(
-            "tests.crossings:load_all", world, str(folder), members, names, group="dstrain", timeout_s=900
-        )[0]
-        for pair, losses in found.items():
+    for key, members in _groups(names).items():
+        path, world = folder / f"load_{key}.json", LAYOUTS[members[0]][0]
+        for pair, losses in _once(path, "load_all", world, str(folder), members, names).items():
             source, target = pair.split(" > ")
             results[pair] = _compare(losses, curves[source][0], tolerance(source, target))
     return results
@@ -263,12 +275,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--write", type=Path, default=None, help="Markdown table (default: docs/crossings.md when all)")
+    parser.add_argument("--work", type=Path, help="keep results here, and go on with those that are there")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="crossings_"))
+    folder = args.work or Path(tempfile.mkdtemp(prefix="crossings_"))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         results = cross(args.only, folder)
     finally:
-        shutil.rmtree(folder)
+        if args.work is None:
+            shutil.rmtree(folder)
     target = args.write or (ROOT / "docs" / "crossings.md" if args.only == list(LAYOUTS) else None)
     if target:
         target.write_text(_markdown(args.only, results))

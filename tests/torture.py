@@ -252,21 +252,23 @@ class Torture:
         self.counts[kind] += 1
         self.failures.append({"kind": kind, "text": text, "log": tail})
 
-    def rounds(self, number: int) -> None:
-        done = 0
+    def rounds(self, number: int, max_seconds: float) -> int:
+        """Do `number` rounds, or fewer when the time is over; returns how many."""
+        done, end = 0, time.monotonic() + max_seconds
         while done < number:
             layout = self.draw.choice(self.layouts)
             self.reference(layout)
             self.runs += 1
-            folder = self.folder / f"run_{self.runs}"
-            while done < number:
+            folder, ended = self.folder / f"run_{self.runs}", False
+            while done < number and not ended:
+                number = done + 1 if time.monotonic() > end else number
                 done += 1
-                if self.one_round(folder, layout):
-                    break
-            else:
+                ended = self.one_round(folder, layout)
+            if not ended:
                 self.attempt(folder, layout, None)
             self.check_result(folder, layout)
             shutil.rmtree(folder, ignore_errors=True)
+        return done
 
     def one_round(self, folder: Path, layout: str) -> bool:
         """One start with one harm; True when the run came to its end or cannot go on."""
@@ -363,16 +365,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_seconds", type=float, default=float("inf"))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     args = parser.parse_args()
     began = time.monotonic()
     preload()
     with small_disk(64) as (folder, can_fill):
         torture = Torture(folder, can_fill, args.seed, args.layouts)
-        torture.rounds(args.rounds)
+        done = torture.rounds(args.rounds, args.max_seconds)
     kinds = ("unloadable", "silent_restart", "wrong_bits", "hang", "shm")
     result: dict[str, Any] = {
-        "rounds": args.rounds,
+        "rounds": done,
         "seconds": round(time.monotonic() - began, 1),
         "failures": {kind: torture.counts.pop(kind, 0) for kind in kinds},
         "counts": dict(sorted(torture.counts.items())),

@@ -48,7 +48,9 @@ def test_every_shipped_configuration_resumes_bit_exactly(name, tmp_path, request
     values = ck.shipped(name)
     dims = [values.get("pipeline", {}).get("stages", 1), values.get("tensor_parallel", {}).get("autotp_size", 1)]
     ranks = max(2, dims[0] * dims[1] * values.get("sequence_parallel_size", 1) * (2 if "dp2" in name else 1))
-    assert_resumes_bit_exactly(tmp_path, values, ranks, model={"attention_dropout": 0.0})
+    # DeepSpeed swaps nothing smaller than 1 MiB to NVMe.
+    model = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4} if "nvme" in name else {}
+    assert_resumes_bit_exactly(tmp_path, values, ranks, model=model)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
