@@ -208,7 +208,7 @@ UNCLIPPED = {name: value for name, value in SGD.items() if name != "gradient_cli
 STEEP = LLAMA | {"initializer_range": 0.3}  # gradients of a norm above 1
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
 
-# What is wrong: model, configuration, patch of the ranks, of the gate too, and a number that differs (of a step: the first).
+# What is wrong: model, configuration, patch of the ranks, of the gate too, and a number that differs.
 WRONG: dict[str, tuple[dict, dict, Patch, bool, str]] = {
     "ulysses gradients": (
         *(LLAMA, SGD | SP2 | zero(1), sum_for_mean_over_sequence_ranks, False),
