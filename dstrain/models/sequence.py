@@ -101,8 +101,8 @@ class SequenceParallel(WholeSequences):
         shape = (query.shape[0], query.shape[1], key.shape[1], query.shape[3])
         if shape not in self._exchanges:
             self._exchanges[shape] = self._exchange(*shape)
-        full_mask = self._mask(kwargs.get("sliding_window") or getattr(module, "sliding_window", None), query.device)
-        return self._exchanges[shape](module, query, key, value, full_mask, *args, **kwargs)
+        whole_mask = self._mask(kwargs.get("sliding_window") or getattr(module, "sliding_window", None))
+        return self._exchanges[shape](module, query, key, value, whole_mask, *args, **kwargs)
 
     def _exchange(self, batch: int, heads: int, kv_heads: int, head_dim: int) -> nn.Module:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -118,32 +118,13 @@ class SequenceParallel(WholeSequences):
             seq_length_is_variable=True,
         )
 
-    def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """bool [batch, 1, length, length], True where a query may look; None is causal.
-
-        Flash attention makes packed documents from the positions and takes the window itself.
-        """
+    def _mask(self, window: int | None) -> Tensor | None:
+        """The whole micro-batch's mask; flash attention sees documents in positions and takes the window itself."""
         if self.implementation != "sdpa":
             return None
         if window not in self._masks:
-            self._masks[window] = self._make_mask(window, device)
+            self._masks[window] = attention_mask(self._positions, window)
         return self._masks[window]
-
-    def _make_mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        length = self._positions.shape[1]
-        starts = self._positions[:, 1:] != self._positions[:, :-1] + 1
-        packed = bool(starts.any())
-        if not packed and (window is None or window >= length):
-            return None
-        query, key = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None]
-        mask = key <= query
-        if window is not None:
-            mask = mask & (key > query - window)
-        mask = mask[None, None]
-        if packed:
-            document = nn.functional.pad(starts.long().cumsum(1), (1, 0))
-            mask = mask & (document[:, None, :, None] == document[:, None, None, :])
-        return mask.expand(len(self._positions), -1, -1, -1)
 
     @torch.no_grad()
     def check(self, engine: Any, head: LossHead) -> None:
@@ -163,6 +144,28 @@ class SequenceParallel(WholeSequences):
                 f"{_prefix(model, self.size)}: the loss of a sequence is {parts:.6g} in parts, {whole:.6g} whole: "
                 "use tensor_parallel.autotp_size or ZeRO alone"
             )
+
+
+def attention_mask(positions: Tensor, window: int | None) -> Tensor | None:
+    """bool [batch, 1, length, length], True where a query may look; None where that is everything before it.
+
+    positions int64 [batch, length], which start anew with each document. window: positions that a query sees, its own
+    included. The same as transformers' masking_utils make.
+    """
+    length, device = positions.shape[1], positions.device
+    starts = positions[:, 1:] != positions[:, :-1] + 1
+    packed = bool(starts.any())
+    if not packed and (window is None or window >= length):
+        return None
+    query, key = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None]
+    mask = key <= query
+    if window is not None:
+        mask = mask & (key > query - window)
+    mask = mask[None, None]
+    if packed:
+        document = nn.functional.pad(starts.long().cumsum(1), (1, 0))
+        mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+    return mask.expand(len(positions), -1, -1, -1)
 
 
 def _prefix(model: nn.Module, sp_size: int) -> str:
