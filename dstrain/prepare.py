@@ -93,6 +93,8 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
             if run is not None and run.monitor is not None:
                 if code == ExitCode.NON_FINITE:  # agreed by all ranks: a good checkpoint may still be under way
                     run.finish_saves()
+                else:
+                    run.checkpoints.settle()
                 with suppress(OSError):  # a full disk takes no summary: the supervisor or the next start writes it
                     run.end(code, reason)
             if error is not caught:

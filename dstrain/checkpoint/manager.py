@@ -202,6 +202,11 @@ class CheckpointManager:
         if save.stats is not None:
             self._finished.append(save.stats)
 
+    def settle(self, timeout_s: float = 20.0) -> None:
+        """Before this rank ends alone, by an error: give the checkpoint under way a moment. No collective."""
+        if self._in_flight is not None and self._in_flight.thread is not None:
+            self._in_flight.thread.join(timeout_s)
+
     def close(self) -> None:
         """Wait for the last checkpoint. A collective. Raises UserError when it could not be written."""
         self.wait()

@@ -234,6 +234,14 @@ def test_writing_in_the_background(tmp_path, monkeypatch):
     assert torch.equal(other.module[0].weight, before)
 
 
+def test_a_rank_that_ends_alone_lets_its_checkpoint_finish(tmp_path):
+    checkpoints = make(tmp_path, background=True)
+    checkpoints.settle()
+    checkpoints.save(state(1), {})
+    checkpoints.settle()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
+
+
 def test_a_crash_while_writing_is_raised_where_someone_sees_it(tmp_path, monkeypatch):
     checkpoints = make(tmp_path, background=True)
 
