@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dstrain.resilience.exits import LAUNCHER_DIED
 from tests import faults, launch
-from tests.distributed import parity
 
 FLAGS = ("--max_steps", "8", "--save_steps", "0")
 
@@ -55,7 +54,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
 
 
 def test_max_time(tmp_path):
-    with faults.start(tmp_path, "", "--max_steps", "100000", "--save_steps", "0", "--max_time", "4") as run:
+    with faults.start(tmp_path, "", "--max_steps", "100000", "--save_steps", "0", "--max_time", "3") as run:
         assert run.wait() == [75], run.stderr(0)
     assert run.events("stop") == ["--max_time is over"]
 
@@ -83,10 +82,3 @@ def test_ranks_do_not_outlive_the_deepspeed_runner(tmp_path):
     (summary,) = run.metrics("summary")
     assert summary["exit_code"] == 75 and LAUNCHER_DIED in summary["reason"]
     assert list(Path(run.folder, "checkpoints").glob(f"step_{summary['steps']:08d}/manifest.json"))
-
-
-def test_signals_under_tensor_parallelism_and_zero(tmp_path):
-    """The wish of any rank, whatever group it is in."""
-    config = faults.CONFIG | parity.tensor_parallel(2) | parity.zero(1)
-    with faults.start(tmp_path, "INT@2:1", *FLAGS, ranks=2, config=config) as run:
-        assert run.wait() == [75, 75], run.stderr(0)
