@@ -367,7 +367,7 @@ def _with_facts(resolved: ResolvedConfig, config: Any) -> ResolvedConfig:
         device_supports_fp16=bool(accelerator.is_fp16_supported()),
         device_supports_bf16=bool(accelerator.is_bf16_supported()),
         hidden_size=config.get_text_config().hidden_size,
-        partition_config=partition_config(config, resolved.parallel),
+        partition_config=partition_config(config, resolved),
     )
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
 from dstrain.models.cross_entropy import VocabularyShard
-from dstrain.parallel import ParallelDims
 
 
 def vocabulary_shard(module: Any) -> VocabularyShard | None:
@@ -34,14 +34,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter], group: Any) -> Tensor:
     return squared.sum().sqrt()
 
 
-def partition_config(config: Any, dims: ParallelDims) -> dict[str, Any] | None:
+def partition_config(config: Any, resolved: ResolvedConfig) -> dict[str, Any] | None:
     """`tensor_parallel.partition_config` for a model whose own plan AutoTP refuses because of its experts; else None.
 
-    The plan is transformers' (`base_model_tp_plan` of the configuration, `_tp_plan` of the class). A layer's experts
-    are one fused parameter, which AutoTP cannot divide: they stay whole on every rank, and the rest is divided.
+    What the user wrote there, or as preset_model, is left alone. The plan is transformers'
+    (`base_model_tp_plan` of the configuration, `_tp_plan` of the class). A layer's experts are one fused parameter,
+    which AutoTP cannot divide: they stay whole on every rank, and the rest is divided.
     Raises UserError for a model that has no plan, or one that cannot be followed.
     """
-    if dims.tp_size == 1:
+    tp_size, given = resolved.parallel.tp_size, resolved.deepspeed.get("tensor_parallel", {})
+    if tp_size == 1 or given.get("partition_config") or given.get("preset_model"):
         return None
     from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES, TPPlanConverter
 
@@ -53,7 +55,7 @@ def partition_config(config: Any, dims: ParallelDims) -> dict[str, Any] | None:
             f"asks for {', '.join(unknown)}, which AutoTP does not know" if unknown else "is missing in transformers"
         )
         raise UserError(
-            f"tensor_parallel.autotp_size {dims.tp_size}: the tensor-parallel plan of {config.model_type} {reason}: "
+            f"tensor_parallel.autotp_size {tp_size}: the tensor-parallel plan of {config.model_type} {reason}: "
             "use sequence_parallel_size, pipeline.stages or ZeRO, or write tensor_parallel.partition_config"
         )
     if kept == plan:
