@@ -9,6 +9,7 @@ step times in seconds, tokens per step over all ranks, peak and import memory in
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def main() -> None:
 
     baseline = resident_gib()
     config_json = load_config(args.deepspeed_config)
-    world = int(torch.distributed.get_world_size()) if dist.is_initialized() else int(__import__("os").environ["WORLD_SIZE"])
+    world = int(os.environ["WORLD_SIZE"])
     micro = config_json["train_micro_batch_size_per_gpu"]
     accumulation = config_json["train_batch_size"] // (micro * world)
     training = TrainingArguments(
@@ -97,7 +98,11 @@ def main() -> None:
     config = load_model_config(margs)
     tokenizer = build_tokenizer(args.tokenizer_name)
     data = build_data(
-        DataArguments(), tokenizer, seed=42, block_size=args.block_size, is_main_per_host=training.process_index == 0,
+        DataArguments(),
+        tokenizer,
+        seed=42,
+        block_size=args.block_size,
+        is_main_per_host=training.process_index == 0,
         barrier=lambda: dist.barrier() if dist.is_initialized() else None,
     )
     model = build_model(margs, config, seed=42, dtype=torch.float32)
