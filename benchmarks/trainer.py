@@ -2,9 +2,9 @@
 
     python -m benchmarks.trainer --vocab_size 512 --rounds 3 --output benchmarks/results/trainer_512.json
 
-A 10 M-parameter Llama under ZeRO-2 in bf16 on 2 CPU ranks, 4,096 tokens a rank and step. Prints the ratio of tokens per second,
-round by round and its median, and of the peak memory above the libraries' own (the largest rank's VmHWM minus what the
-imports of the peer hold). `--dstrain_flags "--compile"` adds flags to dstrain's side only. The last line is JSON.
+A 10 M-parameter Llama under ZeRO-2 in bf16 on 2 CPU ranks, 4,096 tokens a rank and step. Prints the ratio of tokens per
+second, round by round and its median, and of the peak memory above the libraries' own (the largest rank's VmHWM minus
+what the imports of the peer hold). `--dstrain_flags "--compile"` adds flags to dstrain's side only. The last line is JSON.
 """
 
 import argparse
