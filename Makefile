@@ -16,7 +16,7 @@ comma := ,
 EXTRAS := $(if $(filter-out 0,$(GPUS)),dev$(comma)gpu,dev)
 CONFIG ?= ds_configs/zero2.json
 OUTPUT ?= runs/llama_10m
-MAX_STEPS ?= 300
+MAX_STEPS ?= 200
 
 # `deepspeed --hostfile` asks ssh even for localhost; a file that names no other host needs none.
 OTHER_HOSTS := $(shell awk '!/^ *\#/ && NF && $$1 != "localhost"' hostfile)
