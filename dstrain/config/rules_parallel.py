@@ -89,6 +89,12 @@ def tensor_parallel_head(case: Case) -> Iterator[str | Repair]:
         yield Repair(key, False, "derived: dstrain's loss splits the vocabulary itself; generation needs whole logits")
 
 
+def tensor_parallel_plan(case: Case) -> Iterator[Repair]:
+    if case.dims.tp_size > 1 and case.facts.partition_config and case.get("tensor_parallel.partition_config") is None:
+        reason = "derived: the model's own plan without its experts, which AutoTP cannot divide: they stay whole"
+        yield Repair("tensor_parallel.partition_config", case.facts.partition_config, reason)
+
+
 def expert_parallel(case: Case) -> Iterator[str]:
     if case.get("expert_parallel.enabled") is True:
         yield "expert_parallel does not work with transformers 5 in DeepSpeed 0.19.8: leave it out"
@@ -125,6 +131,7 @@ RULES: tuple[Rule, ...] = (
     data_parallel_size,
     tensor_parallel_keys,
     tensor_parallel_head,
+    tensor_parallel_plan,
     expert_parallel,
     sequence_parallel_type,
     sequence_parallel_average,
