@@ -25,7 +25,6 @@ from tests.launch import PORT, environment
 Patch = Callable[[], None]
 PP2, TP2, SP2 = {"pipeline": {"stages": 2}}, {"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}
 WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1000}}}
-SMALL = {"train_batch_size": 4}
 
 
 def start_ranks(argv: list[str], world_size: int, folder: Path, patch: Patch | None = None) -> list[int]:
@@ -70,7 +69,7 @@ def run_gate(folder: Path, model: dict, config: dict, *flags: str, ranks: int = 
 
 def _argv(folder: Path, model: dict, config: dict, *flags: str) -> list[str]:
     (folder / "model.json").write_text(json.dumps(model))
-    (folder / "ds.json").write_text(json.dumps(SMALL | {**config, "train_batch_size": 4}))
+    (folder / "ds.json").write_text(json.dumps({**config, "train_batch_size": 4}))
     argv = ["--deepspeed_config", str(folder / "ds.json"), "--config_name", str(folder / "model.json")]
     return [*argv, *([] if "--block_size" in flags else ["--block_size", "64"]), *flags]
 
@@ -86,7 +85,7 @@ def documents(folder: Path) -> list[str]:
 EQUAL = {
     "zero2 packed": (LLAMA, ADAMW | zero(2), "--packing"),
     "zero3 bf16": (LLAMA, ADAMW | BF16 | WARMUP | zero(3)),
-    "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1)),
+    "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1) | {"train_micro_batch_size_per_gpu": 1}),
     "tp2": (LLAMA, ADAMW | TP2 | zero(1)),
     "sp2 packed": (MODELS["gemma3"], ADAMW | SP2 | zero(1), "--packing"),
 }
@@ -259,7 +258,7 @@ def test_found(tmp_path, name, monkeypatch):
     differing = [r.what for r in results if not r.equal]
     assert any(what.startswith(expected) for what in differing), differing
     assert first_difference(results).what == differing[0]
-    assert expected.startswith(("length", "loss, resumed")) or differing[0].startswith(expected), differing
+    assert differing[0] == expected or not expected.endswith("step 1"), differing
 
 
 # --verify on train.py
