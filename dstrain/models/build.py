@@ -1,5 +1,6 @@
 """A Hugging Face causal language model, from scratch or pretrained, partitioned while it is built under ZeRO-3."""
 
+import ctypes
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ class _Partitioner:
         if holder._parameters:
             context = deepspeed.zero.Init(holder, config_dict_or_path=self.config, param_swapper=self.swapper)
             self.swapper = context.param_swapper
+            _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Give freed pages back to the system. Parts take the holes of whole parameters, so that glibc's heap would
+    otherwise grow to nearly the whole model (0.9 of it measured on 2 ranks)."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
 
 
 def build_model(

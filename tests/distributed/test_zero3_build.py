@@ -229,7 +229,7 @@ def test_no_rank_holds_the_whole_model(tmp_path, pretrained):
     ranks = run_workers("tests.distributed.test_zero3_build:peak_of_build", 2, name, pretrained)
     for peak, _ in ranks:
         print(f"peak {peak / whole:.2f} of the model")
-        assert peak < 0.75 * whole, f"{peak / whole:.2f} of the model"
+        assert peak < 0.7 * whole, f"{peak / whole:.2f} of the model"
     units_read = [len(reads) for _, reads in ranks]
     assert units_read[1] == 0
     assert (units_read[0] > 32) == pretrained
