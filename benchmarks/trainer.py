@@ -4,7 +4,8 @@
 
 A 10 M-parameter Llama under ZeRO-2 in bf16 on 2 CPU ranks, 4,096 tokens a rank and step. Prints the ratio of tokens per
 second, round by round and its median, and of the peak memory above the libraries' own (the largest rank's VmHWM minus
-what the imports of the peer hold). `--dstrain_flags "--compile"` adds flags to dstrain's side only. The last line is JSON.
+what the imports of the peer hold). `--dstrain_flags "--compile"` adds flags to dstrain's side only. The last line is
+JSON.
 """
 
 import argparse

@@ -5,7 +5,8 @@
     dstrain config migrate old.json > new.json
 
 Each subcommand lives in a module of its own, imported only when asked for, so that `dstrain config` answers without
-torch: with `add_arguments(parser)` and `run(args) -> int`, or, where the words are flags of train.py, `main(argv) -> int`.
+torch: with `add_arguments(parser)` and `run(args) -> int`, or, where the words are flags of train.py, with
+`main(argv) -> int`.
 """
 
 import argparse

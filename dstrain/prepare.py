@@ -195,6 +195,7 @@ def _build_tokenizer(args: Arguments, config: Any) -> tuple[Any, int]:
 
     # A model that is only a JSON file has no tokenizer of its own.
     source = args.model.model_name_or_path or args.model.config_name
+    assert source is not None, "`read_configuration` refuses a start without a model"
     name = args.model.tokenizer_name or ("bytes" if source.endswith(".json") else source)
     tokenizer = build_tokenizer(name, args.model.trust_remote_code)
     check_vocabulary(config, num_token_ids(tokenizer), name)

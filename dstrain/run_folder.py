@@ -108,7 +108,7 @@ class RunFolder:
 
 def environment_facts() -> dict[str, Any]:
     """Versions, host and start command; nothing that could be secret."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
             versions[name] = metadata.version(name)

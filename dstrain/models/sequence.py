@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 class WholeSequences:
     """No sequence parallelism: every rank runs its samples as they are."""
 
-    mpu = None  # what deepspeed.initialize wants to know about groups
+    mpu: Any = None  # what deepspeed.initialize wants to know about groups
 
     def part(self, batch: Batch) -> Batch:
         """What this rank runs of a micro-batch."""

@@ -119,7 +119,8 @@ class Monitor:
         skipped is an event and nothing else: it does not count (its `step` is the last completed one).
         """
         if result.skipped:
-            self.event(step, "skipped_step", "the gradients were not finite (fp16: the loss scaler overflowed): no optimizer step")
+            text = "the gradients were not finite (fp16: the loss scaler overflowed): no optimizer step"
+            self.event(step, "skipped_step", text)
             return
         self._step = step
         window = self._window
