@@ -52,8 +52,8 @@ class Bounds:
         if resolved.precision == "fp32" and not resolved.autocast_dtype:
             return cls(1e-5, 1e-4, 1e-2, 2e-3, 1e-3)
         if resolved.optimizer_type.lower() == "sgd":
-            return cls(2e-2, 5e-2, 0.2, 0.1, 5e-2)
-        return cls(2e-2, 5e-2, 0.5, 0.3, 5e-2)
+            return cls(2e-2, 5e-2, 0.2, 0.1, 3e-2)
+        return cls(2e-2, 5e-2, 0.5, 0.3, 3e-2)
 
 
 @dataclass(frozen=True)
