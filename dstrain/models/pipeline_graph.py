@@ -1,5 +1,6 @@
 """What the layers of a model exchange: the result of a probe, and ways into the nested arguments of a layer."""
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,7 @@ def tensors(tree: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
     """Every tensor in nested dicts, lists and tuples, with the keys that lead to it."""
     if isinstance(tree, Tensor):
         return [(path, tree)]
-    if isinstance(tree, dict):
+    if isinstance(tree, MutableMapping):
         return [found for key, value in tree.items() for found in tensors(value, (*path, key))]
     if isinstance(tree, list | tuple):
         return [found for i, value in enumerate(tree) for found in tensors(value, (*path, i))]
@@ -86,7 +87,7 @@ def put(tree: Any, path: Path, value: Any) -> Any:
     if not path:
         return value
     key, rest = path[0], path[1:]
-    if isinstance(tree, dict):
+    if isinstance(tree, MutableMapping):
         tree[key] = put(tree.get(key), rest, value)
         return tree
     items = list(tree or ())

@@ -131,7 +131,7 @@ class _Probe:
         if i != self.next:
             raise NotAChainError(f"layer {i} runs where layer {self.next} was expected")
         if not torch.is_grad_enabled():
-            raise NotAChainError("its layers run inside an autograd function of their own")
+            raise NotAChainError("some of its layers run where autograd does not see them")
         found = tensors([list(args), kwargs])
         made_by_layers = self.segment(0) * ((1 << i) - 1)
         carried = [(path, leaf) for path, leaf in found if self.marks.get(leaf) & made_by_layers]

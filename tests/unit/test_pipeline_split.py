@@ -115,6 +115,13 @@ def test_router_logits_reach_the_end():
     assert plan_stages(tiny_model("mixtral", device="meta"), graph, 2).received(1)[1].shape == ("BS", 4)
 
 
+def test_keys_and_values_that_layers_share_travel():
+    graph = probe_layers(tiny_model("gemma4_text", device="meta"))
+    assert [len(slots) for slots in graph.slots] == [0, 3, 5, 5]
+    meta = tiny_model("gemma4_text", device="meta")
+    assert max(compare(tiny_model("gemma4_text"), plan_stages(meta, graph, 4), tiny_inputs("gemma4_text"))) <= 1e-5
+
+
 def test_pack_is_undone_by_unpack_with_gradients():
     hidden = torch.randn(2, 3, 4, dtype=torch.bfloat16, requires_grad=True)
     logits = torch.randn(6, 2, requires_grad=True)
