@@ -28,7 +28,7 @@ PART_1 = {
     "zero1_fp16",
     "zero3_torch_autocast",
 }
-PART_2 = {"tp2_zero1", "tp2_zero2", "sp2_zero1", "sp2_zero3", "moe_zero3"}
+PART_2 = {"pp2_zero1", "pp2_dp2_zero1", "tp2_zero1", "tp2_zero2", "sp2_zero1", "sp2_zero3", "moe_zero3"}
 
 
 def test_all_files_are_here_and_in_the_table():
