@@ -1,5 +1,6 @@
 """What every test can rely on: markers by folder, GPU tests that skip with the reason, ops built before any rank."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from tests.launch import ROOT, environment
 # A first example pays for imports, and two busy cores are no reason to fail.
 hypothesis.settings.register_profile("dstrain", deadline=None)
 hypothesis.settings.load_profile("dstrain")
+# DeepSpeed compiles with the first `ninja` on PATH, and one of another version starts every op anew.
+os.environ["PATH"] = environment()["PATH"]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
