@@ -1,4 +1,4 @@
-"""Every shipped configuration of tensor and sequence parallelism, and of mixtures, runs and gives one rank's numbers."""
+"""Every shipped configuration of tensor and sequence parallelism, and of mixtures, gives the numbers of one rank."""
 
 import json
 
