@@ -152,13 +152,16 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
 
 
 def _shrink_model(config: Any, max_layers: int) -> None:
-    """In place: fewer layers, lists of one entry a layer cut to match, dropout off."""
+    """In place: fewer layers, of every kind one where there is room (sliding and full attention); dropout off."""
     text = config.get_text_config()
     depth = text.num_hidden_layers
     layers = min(depth, max_layers)
+    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == depth}
+    kinds = [str([value[i] for value in lists.values()]) for i in range(depth)]
+    kept = sorted(sorted(range(depth), key=lambda i: (kinds[i] in kinds[:i], i))[:layers])
     for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth:
-            setattr(text, name, value[:layers])
+        if name in lists:
+            setattr(text, name, [value[i] for i in kept])
         elif isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
             setattr(text, name, 0.0)
     text.num_hidden_layers = layers

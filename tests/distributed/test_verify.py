@@ -103,18 +103,24 @@ def test_equal(tmp_path, name):
 # One repair each, switched off.
 
 
+def replace(owner: Any, name: str, value: Any) -> None:
+    """For the life of this process. A repair that has moved since is an error."""
+    assert hasattr(owner, name), f"{owner} has no {name}"
+    setattr(owner, name, value)
+
+
 def sum_for_mean_over_sequence_ranks() -> None:
     """The documented loss of Ulysses, below stage 3."""
     from dstrain.parallel import ParallelDims
 
-    ParallelDims.gradient_ranks = lambda self, zero_stage: self.dp_size * self.sp_size
+    replace(ParallelDims, "gradient_ranks", lambda self, zero_stage: self.dp_size * self.sp_size)
 
 
 def drop_masks() -> None:
-    from dstrain.models.sequence import SequenceParallel
+    from dstrain.models import sequence
 
-    SequenceParallel._make_mask = lambda self, window, device: None
-    SequenceParallel.check = lambda self, engine, head: None
+    replace(sequence, "attention_mask", lambda positions, window: None)
+    replace(sequence.SequenceParallel, "check", lambda self, engine, head: None)
 
 
 def draw_weights_in_zero_init() -> None:
@@ -129,16 +135,18 @@ def draw_weights_in_zero_init() -> None:
         with deepspeed.zero.Init(config_dict_or_path=zero3_config):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
-    build.build_model = build_model
+    replace(build, "build_model", build_model)
 
 
 def without_rules(*names: str) -> None:
     """For the gate itself too: else it would refuse before it runs."""
     from dstrain.config import resolve
 
+    missing = set(names) - {rule.__name__ for rule in (*resolve.EARLY, *resolve.RULES)}
+    assert not missing, missing
     for table in ("EARLY", "RULES"):
         rules = getattr(resolve, table)
-        setattr(resolve, table, tuple(rule for rule in rules if rule.__name__ not in names))
+        replace(resolve, table, tuple(rule for rule in rules if rule.__name__ not in names))
 
 
 def absent_clipping_is_off() -> None:
@@ -151,8 +159,9 @@ def absent_clipping_is_off() -> None:
         if self.origins.get("gradient_clipping") == "default":
             del self.config["gradient_clipping"]
 
-    resolve._Completion.fill_defaults = fill_defaults
-    resolve.ResolvedConfig.gradient_clipping = property(lambda self: self.deepspeed.get("gradient_clipping", 0.0))
+    replace(resolve._Completion, "fill_defaults", fill_defaults)
+    off = property(lambda self: self.deepspeed.get("gradient_clipping", 0.0))
+    replace(resolve.ResolvedConfig, "gradient_clipping", off)
 
 
 def mean_of_means() -> None:
@@ -169,7 +178,7 @@ def mean_of_means() -> None:
         dist.all_reduce(everybody)
         return loss * (everybody / dist.get_world_size() / tokens), tokens
 
-    engine.token_loss = own_mean
+    replace(engine, "token_loss", own_mean)
 
 
 def forget_moments() -> None:
@@ -184,7 +193,7 @@ def forget_moments() -> None:
                 state[name].zero_()
         return result
 
-    manager.load_snapshot = load_without_moments
+    replace(manager, "load_snapshot", load_without_moments)
 
 
 def sixteen_bits_at_stage_0() -> None:
@@ -200,7 +209,7 @@ def sixteen_bits_at_stage_0() -> None:
                 yield Shard(master, optimizer.optimizer.state[master], fragments, True)
 
     without_rules("stage_for_sixteen_bits", "sixteen_bits_at_stage_0")
-    state.open_shards = open_shards
+    replace(state, "open_shards", open_shards)
 
 
 UNCLIPPED = {name: value for name, value in SGD.items() if name != "gradient_clipping"}
@@ -271,7 +280,7 @@ def double_gradients(python_path: str) -> None:
 def accept_at_once() -> None:
     from dstrain import verify as gate
 
-    gate.command = lambda: [sys.executable, "-c", "print('the table')"]
+    replace(gate, "command", lambda: [sys.executable, "-c", "print('the table')"])
 
 
 def test_a_difference_ends_every_rank_with_78(tmp_path):
