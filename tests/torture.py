@@ -15,6 +15,7 @@ the ranks. Runs lie on a small tmpfs where one may be mounted, so that the disk 
 """
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -34,6 +35,7 @@ from typing import Any
 from tests import checkpoints as ck
 from tests.launch import _free_port, environment
 
+SIDE = Path(tempfile.mkdtemp(prefix="torture_side_"))  # what must not fill up: logs and process ids
 STEPS, SAVE_EVERY, TIMEOUT_S = 24, 2, 60.0
 _SCHEDULE = {"type": "WarmupCosineLR", "params": {"total_num_steps": STEPS, "warmup_num_steps": 4}}
 LAYOUTS = {
@@ -117,12 +119,19 @@ def _launch(world: int, argv: list[str], pids_file: Path, log: Path) -> None:
 
 
 def start(folder: Path, world: int, argv: list[str]) -> Start:
-    pids_file = folder.parent / f"{folder.name}.pids"
+    pids_file = SIDE / f"{folder.name}.pids"
     pids_file.unlink(missing_ok=True)
     pid = os.fork()
     if pid == 0:
-        _launch(world, argv, pids_file, folder.parent / f"{folder.name}.log")
+        try:
+            _launch(world, argv, pids_file, log_of(folder))
+        finally:
+            os._exit(99)  # whatever happened: a child never goes on with its parent's work
     return Start(pid, folder, pids_file)
+
+
+def log_of(folder: Path) -> Path:
+    return SIDE / f"{folder.name}.log"
 
 
 def wait(process: Start) -> int | None:
@@ -241,14 +250,13 @@ class Torture:
             folder = self.folder / f"reference_{layout}"
             began = time.monotonic()
             code = wait(start(folder, LAYOUTS[layout][0], self.argv(folder, layout)))
-            assert code == 0, (folder.parent / f"{folder.name}.log").read_text()[-4000:]
+            assert code == 0, log_of(folder).read_text()[-4000:]
             self.expected[layout] = losses(folder), ck.state_files(folder, STEPS), time.monotonic() - began
             shutil.rmtree(folder)
         return self.expected[layout]
 
     def fail(self, kind: str, text: str, folder: Path) -> None:
-        log = folder.parent / f"{folder.name}.log"
-        tail = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+        tail = log_of(folder).read_text(errors="replace")[-3000:] if log_of(folder).exists() else ""
         self.counts[kind] += 1
         self.failures.append({"kind": kind, "text": text, "log": tail})
 
@@ -371,6 +379,7 @@ def main() -> int:
     began = time.monotonic()
     preload()
     with small_disk(64) as (folder, can_fill):
+        atexit.register(shutil.rmtree, SIDE, ignore_errors=True)
         torture = Torture(folder, can_fill, args.seed, args.layouts)
         done = torture.rounds(args.rounds, args.max_seconds)
     kinds = ("unloadable", "silent_restart", "wrong_bits", "hang", "shm")
