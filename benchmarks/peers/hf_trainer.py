@@ -61,7 +61,7 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def main() -> None:
+def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--deepspeed_config", "--config_name", "--output"):
         parser.add_argument(name, required=True)
@@ -69,7 +69,11 @@ def main() -> None:
     parser.add_argument("--config_overrides")
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--max_steps", type=int, default=20)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_flags()
     import deepspeed  # noqa: F401  (part of the import baseline, as in dstrain)
 
     baseline = resident_gib()
