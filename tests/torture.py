@@ -151,13 +151,14 @@ def kill(process: Start, kind: str, draw: random.Random, typical_s: float) -> bo
     """SIGKILL a rank or the launcher at a random moment, or inside a save. False: the run ended before."""
     in_save, due = kind.endswith("in_save"), time.monotonic() + draw.uniform(0.1, typical_s)
     saves_to_pass = draw.randrange(STEPS // SAVE_EVERY)
-    seen: set[str] = set()
+    checkpoints = process.folder / "checkpoints"
+    stale, seen = {p.name for p in checkpoints.glob(".step_*.tmp")}, set()
     while time.monotonic() - process.began < TIMEOUT_S:
         if process.poll() is not None:
             return False
         if in_save:
-            seen |= {p.name for p in (process.folder / "checkpoints").glob(".step_*.tmp")}
-        if (len(seen) > saves_to_pass) if in_save else (time.monotonic() > due and process.ranks()):
+            seen |= {p.name for p in checkpoints.glob(".step_*.tmp")} - stale
+        if process.ranks() and (len(seen) > saves_to_pass if in_save else time.monotonic() > due):
             time.sleep(draw.uniform(0, 0.004) if in_save else 0)
             victim = draw.choice(process.ranks()) if "rank" in kind else process.launcher
             with contextlib.suppress(ProcessLookupError):
