@@ -1,8 +1,9 @@
 """A dead rank ends the others: every rank holds one TCP connection to rank 0, and the kernel closes those of the dead.
 
-Nothing is polled and nobody's clock is trusted: the end of a process is an end of file at once, and that of a host or a
-cable is noticed by TCP's keepalive within 20 seconds, also while every rank is stuck in a collective. Before it ends, a
-rank says why; rank 0 passes that on. Ranks started by `srun` or by hand have no launcher that would do this.
+The end of a process is an end of file at once. The end of a host or a cable is noticed by TCP, which gives up when a
+beat is not acknowledged for 20 seconds: the other side's kernel answers, so a rank that is busy or holds the interpreter
+lock is not taken for dead. (Keepalive alone does not count probes that a dead link drops on this side: 97 s.) Before it
+ends, a rank says why; rank 0 passes that on. Ranks started by `srun` or by hand have no launcher that would do this.
 """
 
 import json
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from dstrain.errors import ExitCode
 
-_KEEPALIVE_IDLE_S, _KEEPALIVE_TRIES = 5, 3
+_BEAT_S, _GIVE_UP_S = 5.0, 20.0
 _CONNECT_S = 30.0
 # Ranks that raise the same error end by themselves, with their own words, if they are given time to.
 GRACE_S = 15.0
@@ -34,6 +35,9 @@ class Lifeline:
 
     def watch(self, on_loss: OnLoss) -> None:
         """From now on `on_loss(code, text)` is called, in a thread, when another rank ends without agreement."""
+
+    def hear(self, timeout_s: float) -> None:
+        """Wait for news of another rank's end: a collective may fail for it before its word is here."""
 
     def tell(self, code: int, text: str) -> None:
         """Tell the others that this rank ends, and why. Never waits and never raises."""
@@ -51,6 +55,7 @@ class TcpLifeline(Lifeline):
         self.rank = rank
         self._lock = threading.Lock()
         self._closed = False
+        self._news = threading.Event()
         self._on_loss: OnLoss = lambda code, text: None
         self._peers: dict[int, socket.socket] = {}
         offer: list[Any] = [None]
@@ -82,11 +87,7 @@ class TcpLifeline(Lifeline):
 
     def _adopt(self, rank: int, peer: socket.socket) -> None:
         peer.settimeout(None)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_IDLE_S)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_TRIES)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _KEEPALIVE_IDLE_S * (_KEEPALIVE_TRIES + 1))
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _GIVE_UP_S))
         self._peers[rank] = peer
 
     def watch(self, on_loss: OnLoss) -> None:
@@ -96,21 +97,27 @@ class TcpLifeline(Lifeline):
         with selectors.DefaultSelector() as selector:
             for rank, peer in self._peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
+            beaten_at = time.monotonic()
             while selector.get_map():
-                for key, _ in selector.select():
+                ready = selector.select(_BEAT_S)
+                if not self._closed and time.monotonic() - beaten_at >= _BEAT_S:
+                    beaten_at = time.monotonic()
+                    self._send({"beat": True})
+                for key, _ in ready:
                     word = _read_line(key.fileobj)  # type: ignore[arg-type]
                     if word is None or word.get("bye"):
                         selector.unregister(key.fileobj)
                     if word is None:
                         word = {"rank": key.data, "code": int(ExitCode.CRASH), "silent": True}
                         word["text"] = f"rank {key.data} has died without a word (killed, or its host is gone)"
-                    if not word.get("bye"):
+                    if "text" in word:
                         self._heard(word)
 
     def _heard(self, word: dict[str, Any]) -> None:
         if self._closed or self.lost is not None:
             return
         self.lost = word["text"]
+        self._news.set()
         self._send(word)  # from rank 0 to the rest; the others only reach rank 0, which knows
         if not word.get("silent") and word["code"] != ExitCode.HUNG:
             time.sleep(GRACE_S)
@@ -125,6 +132,9 @@ class TcpLifeline(Lifeline):
                     peer.send(line, socket.MSG_DONTWAIT)
                 except OSError:  # it is gone as well
                     continue
+
+    def hear(self, timeout_s: float) -> None:
+        self._news.wait(timeout_s)
 
     def tell(self, code: int, text: str) -> None:
         with self._lock:

@@ -155,6 +155,8 @@ class Safety:
         """
         if code == ExitCode.NON_FINITE:  # agreed: all ranks end alike, and may take the time that a save needs
             return text
+        if code == ExitCode.CRASH:
+            self.lifeline.hear(1.0)
         first = self.lifeline.lost
         self.lifeline.tell(code, text)
         if self.lifeline.has_peers:
