@@ -1,7 +1,7 @@
 """A dead rank ends the others: every rank holds one TCP connection to rank 0, and the kernel closes those of the dead.
 
 The end of a process is an end of file at once. The end of a host or a cable is noticed by TCP, which gives up when a
-beat is not acknowledged for 20 seconds: the other side's kernel answers, so a rank that is busy or holds the interpreter
+beat is not acknowledged for 20 seconds: the other side's kernel answers, so a rank that holds the interpreter
 lock is not taken for dead. (Keepalive alone does not count probes that a dead link drops on this side: 97 s.) Before it
 ends, a rank says why; rank 0 passes that on. Ranks started by `srun` or by hand have no launcher that would do this.
 """
