@@ -212,6 +212,7 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
     else:
         head = install_fused_loss(model)
         check_loss_head(engine, head, model.config.get_text_config().vocab_size)
+        sequence.repair(engine)
         sequence.check(engine, head)
         result = ZeroEngine(engine, head, resolved, sequence)
     if compile == "layer":

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dstrain.arguments import ModelArguments
 from dstrain.errors import UserError
-from dstrain.models.build import build_skeleton
+from dstrain.models.build import build_skeleton, enable_checkpointing
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
 from dstrain.models.pipeline_module import PipeStage
@@ -38,9 +38,7 @@ def build_stage(
         initialise(model, seed, dtype, None)
     model.config.dtype = dtype
     if margs.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"{config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     stage.train()
     return stage.to(device or torch.device("cpu"))
 
@@ -53,9 +51,12 @@ def _load_own(
     class Pruned(model_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            prune(self, plan.needs[index])
-            own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
             this: Any = self
+            needs = plan.needs[index]
+            # Not tied yet: the plan knows a tied parameter by one of its names.
+            tied = {name for pair in this.all_tied_weights_keys.items() for name in pair if needs & set(pair)}
+            prune(self, needs | tied)
+            own = {name for name, _ in self.named_parameters(remove_duplicate=False)}
             this.all_tied_weights_keys = {a: b for a, b in this.all_tied_weights_keys.items() if {a, b} <= own}
 
     options = {"attn_implementation": margs.attn_implementation} if margs.attn_implementation else {}

@@ -35,6 +35,9 @@ class WholeSequences:
         """Inside, the model takes whole sequences, as `generate` gives it."""
         yield
 
+    def repair(self, engine: Any) -> None:
+        """Put right what `deepspeed.initialize` made of the groups."""
+
     def check(self, engine: Any, head: LossHead) -> None:
         """Prove on a few tokens that the parts give the loss of the whole. Raises UserError."""
 
@@ -102,7 +105,8 @@ class SequenceParallel(WholeSequences):
         if shape not in self._exchanges:
             self._exchanges[shape] = self._exchange(*shape)
         whole_mask = self._mask(kwargs.get("sliding_window") or getattr(module, "sliding_window", None))
-        return self._exchanges[shape](module, query, key, value, whole_mask, *args, **kwargs)
+        output, weights = self._exchanges[shape](module, query, key, value, whole_mask, *args, **kwargs)
+        return output.unflatten(-1, (query.shape[1], -1)), weights  # as attention functions return it, heads apart
 
     def _exchange(self, batch: int, heads: int, kv_heads: int, head_dim: int) -> nn.Module:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -125,6 +129,13 @@ class SequenceParallel(WholeSequences):
         if window not in self._masks:
             self._masks[window] = attention_mask(self._positions, window)
         return self._masks[window]
+
+    def repair(self, engine: Any) -> None:
+        """BF16_Optimizer holds whole gradients on every rank, but counts them on a group's first rank only (DeepSpeed
+        0.19.8, `get_grads_for_norm`), which ends the other ranks; without groups it counts them once.
+        """
+        if type(engine.optimizer).__name__ == "BF16_Optimizer":
+            engine.optimizer.mpu = None
 
     @torch.no_grad()
     def check(self, engine: Any, head: LossHead) -> None:
