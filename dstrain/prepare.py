@@ -1,5 +1,6 @@
 """Everything before the first step, cheapest first: what is wrong is refused before what is heavy is imported."""
 
+import gc
 import math
 import os
 import traceback
@@ -141,6 +142,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("model")
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
     distributed.seed_everything(run.seed + resolved.parallel.dp_rank(launch.rank))
+    # What is imported by now stays: DeepSpeed collects garbage up to six times while it starts, 0.4 s each otherwise.
+    gc.freeze()
     engine = build_engine(model, resolved, compile=args.model.compile)
     startup.done("engine")
     return Run(
@@ -207,9 +210,10 @@ def _build_tokenizer(args: Arguments, config: Any) -> tuple[Any, int]:
 def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
     """Build the ops that this configuration needs, once per host, while the other ranks wait at the rendezvous."""
     from dstrain import distributed
-    from dstrain.launch.ops import build_ops, required_builders
+    from dstrain.launch.ops import ask_cpu_once, build_ops, required_builders
     from dstrain.monitor.logs import screen
 
+    ask_cpu_once()
     if launch.is_main_on_host:
         builders = required_builders(resolved.deepspeed, resolved.facts.device)
         build_ops(builders, say=lambda text: print(text, file=screen()))

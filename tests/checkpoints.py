@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.launch import ROOT, Result, train
+from tests.forked import train
+from tests.launch import ROOT, Result
 
 STEPS = 12
 SAVED = 10  # far enough that beta^t differs between a product and a power (dstrain/checkpoint/replay.py)
@@ -79,8 +80,7 @@ def start(
     **options: Any,
 ) -> Result:
     """Train from the beginning, or go on: the same command does both."""
-    launcher = "python" if ranks == 1 else "torchrun"
-    return train(folder, *flags(folder, values, model or {}), *more, launcher=launcher, ranks=ranks, **options)
+    return train(folder, *flags(folder, values, model or {}), *more, ranks=ranks, **options)
 
 
 def interrupt(folder: Path, copy_to: Path | None = None) -> Path:

@@ -11,21 +11,21 @@ batch of an evaluation).
 
 import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
+from tests import forked
 from tests.distributed import parity
-from tests.launch import PORT, ROOT, environment
+from tests.launch import ROOT
 
 SCRIPT = ROOT / "tests" / "faults.py"
 CONFIG = parity.SGD | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
@@ -140,19 +140,7 @@ def start(
 ) -> FaultyRun:
     """Start ranks from a warm fork server, in `folder`, whose run is in `folder/run`."""
     argv = [*flags(folder, config, model), *more]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(parity.PRELOADED)
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        work = [(faults, argv, rank, ranks, str(folder), PORT) for rank in range(ranks)]
-        processes = [context.Process(target=_rank, args=args, daemon=True) for args in work]
-        for process in processes:
-            process.start()
-    return FaultyRun(folder, processes)
-
-
-def _rank(faults: str, argv: list[str], rank: int, ranks: int, folder: str, port: int) -> None:
-    install(faults, rank)
-    parity._rank(argv, rank, ranks, folder, port)
+    return FaultyRun(folder, forked.start(argv, ranks, folder, partial(install, faults)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,17 @@ def _builder(name: str):
     return builder
 
 
+def ask_cpu_once() -> None:
+    """DeepSpeed asks py-cpuinfo twice for each op that it loads, and each question starts a Python: a second.
+
+    Source: deepspeed/ops/op_builder/builder.py, `cpu_arch` and `simd_width`.
+    """
+    import cpuinfo
+
+    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+        cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+
+
 def is_built(op: str, root: Path) -> bool:
     """Whether `op` was compiled from this environment's own sources; another environment's are compiled anew."""
     import deepspeed
@@ -173,6 +185,7 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
 
     builders, root = list(builders), extensions_root()
     use_own_programs()
+    ask_cpu_once()
     remove_stale_locks(root, say)
     unbuilt = [name for name in builders if not is_built(_builder(name).name, root)]
     if unbuilt and (problems := missing_for_builds(unbuilt)):

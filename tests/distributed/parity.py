@@ -1,30 +1,18 @@
 """Whole runs of `dstrain.train.main` in forked ranks, and the comparison of their numbers with one plain rank.
 
-A fork server has torch, deepspeed and transformers imported, so a run of 20 steps of a tiny model costs about two
-seconds and every run still starts in a fresh process.
-
-    single = run(folder, LLAMA, SGD)
-    parallel = run(folder, LLAMA, SGD | {"tensor_parallel": {"autotp_size": 2}}, ranks=2)
-    parallel.assert_equals(single)
+single = run(folder, LLAMA, SGD)
+parallel = run(folder, LLAMA, SGD | {"tensor_parallel": {"autotp_size": 2}}, ranks=2)
+parallel.assert_equals(single)
 """
 
 import json
-import multiprocessing
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from tests.launch import PORT, environment
+from tests import forked
 
 STEPS = 20
-PRELOADED = [
-    *("torch", "deepspeed", "transformers", "transformers.modeling_utils", "transformers.generation.utils"),
-    *("dstrain.train", "dstrain.engine", "dstrain.models.build", "dstrain.checkpoint.manager", "dstrain.data.loader"),
-    "deepspeed.runtime.zero.muon.original_muon",  # imports torch._inductor: two seconds
-]
 SGD = {
     "train_batch_size": 8,
     "gradient_clipping": 0.0,
@@ -75,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
 class Run:
     """What one run left. stderr: of rank 0."""
 
-    exit_codes: list[int]
+    exit_code: int
     stderr: str
     train: list[dict[str, Any]]
     eval: list[dict[str, Any]]
@@ -109,7 +97,7 @@ def run(
 ) -> Run:
     """Train in `ranks` processes; `folder` is the run's own, and made new. Fails when a rank does."""
     result = start(folder, model, config, *flags, ranks=ranks, timeout_s=timeout_s)
-    assert result.exit_codes == [0] * ranks, f"{result.exit_codes}\n{result.stderr[-6000:]}"
+    assert result.exit_code == 0, f"exit code {result.exit_code}\n{result.stderr[-6000:]}"
     return result
 
 
@@ -135,55 +123,14 @@ def start(
     (folder / "model.json").write_text(json.dumps(model))
     (folder / "ds.json").write_text(json.dumps(config))
     argv = ["--deepspeed_config", str(folder / "ds.json"), "--config_name", str(folder / "model.json")]
-    argv += ["--output_dir", str(folder / "run"), "--overwrite_output_dir", "--report_to", "none"]
-    argv += ["--max_steps", str(STEPS), "--max_eval_batches", "2", *flags]
+    argv += ["--overwrite_output_dir", "--report_to", "none", "--max_steps", str(STEPS), "--max_eval_batches", "2"]
     if "--block_size" not in flags:
         argv += ["--block_size", "64"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        processes = [
-            context.Process(target=_rank, args=(argv, rank, ranks, str(folder), PORT), daemon=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-    try:
-        for process in processes:
-            process.join(timeout_s)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    metrics = folder / "run" / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    result = forked.train(folder / "run", *argv, *flags, ranks=ranks, timeout_s=timeout_s)
+    lines = result.metrics() if (folder / "run" / "metrics.jsonl").exists() else []
     return Run(
-        [process.exitcode for process in processes],
-        (folder / "rank0.err").read_text(),
+        result.exit_code,
+        result.stderr,
         [line for line in lines if line["kind"] == "train"],
         [line for line in lines if line["kind"] == "eval"],
     )
-
-
-def _rank(argv: list[str], rank: int, world_size: int, folder: str, port: int) -> None:
-    """One rank, as a launcher would start it."""
-    for name, fd in (("out", 1), ("err", 2)):
-        os.dup2(os.open(f"{folder}/rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    from dstrain.train import main
-
-    try:
-        code = main(argv)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

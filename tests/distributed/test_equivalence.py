@@ -65,7 +65,7 @@ def plain_run(model: dict, config: dict, rows: Path, folder: Path, micro_batch: 
             lines.append({"step": step, "learning_rate": result.learning_rate, **numbers})
     sums = [engine.eval_batch(batches) for batches in eval_batches(data.validation, max_batches=2, **split)]
     loss = sum(float(s) for s, _ in sums) / sum(float(n) for _, n in sums)
-    return parity.Run([0], "", lines, [{"loss": loss}])
+    return parity.Run(0, "", lines, [{"loss": loss}])
 
 
 @pytest.fixture(scope="module")

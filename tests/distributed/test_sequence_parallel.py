@@ -78,5 +78,5 @@ def test_checkpointed_activations(one_rank, tmp_path, stage):
 )
 def test_refused(tmp_path, model, flags, message):
     result = start(tmp_path, model, SGD | SP2, *flags, ranks=2)
-    assert result.exit_codes == [2, 2]
+    assert result.exit_code == 2
     assert message in result.stderr

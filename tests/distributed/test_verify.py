@@ -1,26 +1,24 @@
 """The gate passes every kind of parallelism, and finds each silently wrong number when its repair is switched off.
 
-Ranks come from the fork server of parity.py; a patch runs in them before `main`, as if dstrain had not repaired that.
+Ranks come from the fork server of forked.py; a patch runs in them before `main`, as if dstrain had not repaired that.
 """
 
 import functools
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode
 from dstrain.verify import Comparison, Starter, first_difference, report, verify
-from tests.distributed import parity
+from tests import forked
 from tests.distributed.parity import ADAMW, BF16, LLAMA, MODELS, SGD, SGD_CLIPPED, zero
-from tests.launch import PORT, environment
 
 Patch = Callable[[], None]
 PP2, TP2, SP2 = {"pipeline": {"stages": 2}}, {"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}
@@ -30,26 +28,13 @@ WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1000}
 def start_ranks(argv: list[str], world_size: int, folder: Path, patch: Patch | None = None) -> list[int]:
     """Exit codes of forked ranks of train.py."""
     folder.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(parity.PRELOADED)
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        ranks = [
-            context.Process(target=_rank, args=(patch, argv, rank, world_size, str(folder), PORT), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
-        process.join()
+    ranks = forked.start(argv, world_size, folder, None if patch is None else partial(_apply, patch))
+    forked.finish(ranks, 120)
     return [process.exitcode for process in ranks]
 
 
-def _rank(patch: Patch | None, *args: Any) -> None:
-    if patch is not None:
-        patch()
-    parity._rank(*args)
+def _apply(patch: Patch, rank: int) -> None:
+    patch()
 
 
 def run_gate(folder: Path, model: dict, config: dict, *flags: str, ranks: int = 2, patch: Patch | None = None):

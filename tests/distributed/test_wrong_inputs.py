@@ -7,16 +7,15 @@ Each case starts the real `main` in a fresh process (forked from one that has th
 
 import gzip
 import json
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
+from tests import forked
 from tests.distributed import parity
-from tests.launch import PORT, TRAIN, environment, run_command
+from tests.launch import TRAIN, run_command
 
 DS = {
     "train_batch_size": 4,
@@ -190,13 +189,8 @@ def arguments(folder: Path, flags: str) -> list[str]:
 
 
 def start(folder: Path, argv: list[str]) -> tuple[int, str, str]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.parity_imports"])
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        process = context.Process(target=parity._rank, args=(argv, 0, 1, str(folder), PORT), daemon=True)
-        process.start()
-    process.join(60)
-    process.kill()
+    (process,) = forked.start(argv, 1, folder)
+    forked.finish([process], 60)
     return process.exitcode, (folder / "rank0.out").read_text(), (folder / "rank0.err").read_text()
 
 

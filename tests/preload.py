@@ -1,0 +1,21 @@
+"""What the fork server of `tests.forked` imports once for all ranks: the seconds that are the same for each."""
+
+import gc
+
+import cpuinfo
+import deepspeed
+import deepspeed.runtime.zero.muon.original_muon  # imports torch._inductor: two seconds
+import transformers.generation.utils
+import transformers.modeling_utils
+
+import dstrain.checkpoint.manager
+import dstrain.data.loader
+import dstrain.engine
+import dstrain.models.build
+import dstrain.train
+from dstrain.launch.ops import ask_cpu_once
+
+__all__ = ["deepspeed", "dstrain", "transformers"]
+ask_cpu_once()
+cpuinfo.get_cpu_info()
+gc.freeze()
