@@ -17,6 +17,7 @@ from tests.launch import ROOT, Result
 STEPS = 12
 SAVED = 10  # far enough that beta^t differs between a product and a power (dstrain/checkpoint/replay.py)
 GLOBAL_BATCH = 4
+BLOCK_SIZE = 32
 MODEL = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -36,6 +37,8 @@ def shipped(name: str) -> dict[str, Any]:
     """A file of ds_configs, with a batch and a schedule for a tiny run."""
     values = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
     values["train_batch_size"] = GLOBAL_BATCH
+    if "gradient_accumulation_steps" in values:
+        values["gradient_accumulation_steps"] = 2
     if "scheduler" in values:
         values["scheduler"] = SCHEDULE
     if "optimizer" in values and values["optimizer"]["type"] == "AdamW":
@@ -66,7 +69,7 @@ def flags(folder: Path, values: dict[str, Any], model: dict[str, Any]) -> list[s
     return [
         *("--deepspeed_config", str(inputs / "ds.json"), "--config_name", str(inputs / "model.json")),
         *("--tokenizer_name", "bytes", "--train_file", text_file, "--validation_file", text_file),
-        *("--block_size", "32", "--max_eval_batches", "1", "--report_to", "none"),
+        *("--block_size", str(BLOCK_SIZE), "--max_eval_batches", "1", "--report_to", "none"),
         *("--max_steps", str(STEPS), "--save_steps", str(SAVED)),
     ]
 
