@@ -41,11 +41,12 @@ MODEL = {
 RANKS, BLOCK_SIZE, WARMUP_STEPS = 2, 512, 3
 
 
-def start(script: str, *flags: str) -> None:
+def start(script: str, *flags: str, ranks: int = RANKS) -> None:
+    """Through torchrun, one thread a rank. Ends the program when a rank fails."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--master_port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [*torchrun, str(ROOT / script), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

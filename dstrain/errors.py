@@ -35,6 +35,10 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class DiskError(UserError):
+    """A checkpoint for which the disk has no room; those before it are kept."""
+
+
 class VerifyError(UserError):
     """This configuration does not give the numbers of plain torch; its text names the first that differs."""
 

@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,9 @@ def read_configuration(args: Arguments) -> Configuration:
         stored = {} if run.overwrite_output_dir else folder.read()
     except UserError as error:
         problems += error.problems
+    if run.export not in (None, "auto") and (target := Path(run.export)).exists():
+        if not target.is_dir() or any(target.iterdir()):
+            problems.append(f"--export {target} is there already: name a new or empty folder")
     if not path:
         problems.append("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/zero2.json")
     if not (args.model.model_name_or_path or args.model.config_name):
@@ -380,7 +384,7 @@ def _build_data(args: Arguments, tokenizer: Any, block_size: int, launch: Launch
     from dstrain import distributed
     from dstrain.data import build_data
 
-    return build_data(
+    data = build_data(
         args.data,
         tokenizer,
         seed=args.run.seed,
@@ -388,3 +392,15 @@ def _build_data(args: Arguments, tokenizer: Any, block_size: int, launch: Launch
         is_main_per_host=launch.is_main_on_host,
         barrier=distributed.barrier,
     )
+    _check_same_data(distributed.gather_objects((socket.gethostname(), data.samples_sha256)))
+    return data
+
+
+def _check_same_data(found: list[tuple[str, str]]) -> None:
+    """(host, hash of its samples) of every rank. Raises UserError: each host reads files of its own."""
+    other = next((host for host, sha256 in found if sha256 != found[0][1]), None)
+    if other is not None:
+        raise UserError(
+            f"{found[0][0]} and {other} have different training data: give every host the same files and tokenizer "
+            "(the built-in corpus is Python's own sources: the same Python version)"
+        )

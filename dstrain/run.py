@@ -10,7 +10,7 @@ from typing import Any
 
 from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig
-from dstrain.errors import ExitCode
+from dstrain.errors import DiskError, ExitCode
 from dstrain.parallel import Launch
 from dstrain.run_folder import RunFolder
 
@@ -124,6 +124,16 @@ class Run:
         self.safety.before_save(state.step)
         self.checkpoints.save(state, {**self.monitor.state_dict(), "evaluated_step": self.evaluated_step})
         self.safety.beat("step", state.step)
+
+    def save_on_the_way(self, state: Any) -> None:
+        """The same; with --ignore_full_disk a checkpoint for which there is no room is left out, and said."""
+        for attempt in (self.checkpoints.wait, lambda: self.save(state)):  # the one before it may fail by now
+            try:
+                attempt()
+            except DiskError as error:
+                if not self.args.run.ignore_full_disk:
+                    raise
+                self.monitor.event(state.step, "save_failed", "; ".join(error.problems))
 
     def note_saves(self) -> None:
         """A line for each checkpoint that the background has committed meanwhile. Never waits."""

@@ -42,7 +42,7 @@ def train(run: Run) -> ExitCode:
         if run.eval_is_due(state.step):
             run.evaluate(state.step)
         if run.checkpoints.is_due(state.step):
-            run.save(state)
+            run.save_on_the_way(state)
         run.note_saves()
         if run.safety.stop.agreed():
             break

@@ -17,6 +17,7 @@ the ranks. Runs lie on a small tmpfs where one may be mounted, so that the disk 
 import argparse
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -350,24 +351,9 @@ class Torture:
 
 
 def preload() -> None:
-    """What every rank imports, once, before any fork. Nothing here starts a thread."""
-    for key, value in environment().items():
-        os.environ[key] = value
-    import importlib
-
-    for name in (
-        *("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "rich", "accelerate"),
-        *(
-            "dstrain.train",
-            "dstrain.engine",
-            "dstrain.models.build",
-            "dstrain.models.pipeline_build",
-            "dstrain.generate",
-        ),
-        *("dstrain.data", "dstrain.checkpoint.manager", "dstrain.monitor.monitor", "dstrain.models.loss"),
-        *("transformers.models.llama.modeling_llama", "dstrain.evaluate"),
-    ):
-        importlib.import_module(name)
+    """What every rank imports, once, before any fork. Nothing there starts a thread."""
+    os.environ.update(environment())
+    importlib.import_module("tests.preload")
 
 
 def main() -> int:

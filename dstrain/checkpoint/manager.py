@@ -26,7 +26,7 @@ from dstrain.checkpoint.manifest import (
 )
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.checkpoint.state import HostMemory, load_snapshot, take_snapshot
-from dstrain.errors import UserError
+from dstrain.errors import DiskError, UserError
 from dstrain.parallel import Launch
 
 
@@ -123,7 +123,7 @@ class CheckpointManager:
         """Write a checkpoint after `state.step` steps; None when that step is already saved. A collective.
 
         extra: plain JSON that `load` gives back. In the background it returns None, and `finished` tells of the commit.
-        Raises UserError when the disk is full, also when that happened to the save before this one.
+        Raises DiskError when the disk is full, also when that happened to the save before this one.
         """
         if self.saved_step == state.step:
             return None
@@ -136,7 +136,7 @@ class CheckpointManager:
         contents = {**self.description, **asdict(state), "extra": extra, "engine": engine_state.capture(self.engine)}
         contents["layout"] = {"world_size": self.launch.world_size, **layout_of(self.engine)}
         problem = self._open_temporary(temporary, int(num_bytes)) if self.launch.is_main else None
-        self._agree(problem)
+        self._agree(problem, DiskError)
         if not temporary.is_dir():
             problem = f"{self.folder} is not the same folder on every host: use a shared file system for --output_dir"
         self._agree(problem)
@@ -180,7 +180,7 @@ class CheckpointManager:
         return done
 
     def wait(self) -> None:
-        """Until the checkpoint under way is committed. A collective. Raises UserError when it could not be written."""
+        """Until the checkpoint under way is committed. A collective. Raises DiskError when it could not be written."""
         save = self._in_flight
         if save is None:
             return
@@ -198,7 +198,7 @@ class CheckpointManager:
                 shutil.rmtree(save.temporary, ignore_errors=True)
             if crashes := [crash for _, crash in failed if crash]:
                 raise RuntimeError(f"{save.target} could not be written: {crashes[0]}") from save.crash
-            raise UserError(sorted(problem for problem, _ in failed if problem))
+            raise DiskError(sorted(problem for problem, _ in failed if problem))
         if save.stats is not None:
             self._finished.append(save.stats)
 
@@ -208,14 +208,14 @@ class CheckpointManager:
             self._in_flight.thread.join(timeout_s)
 
     def close(self) -> None:
-        """Wait for the last checkpoint. A collective. Raises UserError when it could not be written."""
+        """Wait for the last checkpoint. A collective. Raises DiskError when it could not be written."""
         self.wait()
 
-    def _agree(self, problem: str | None) -> None:
-        """Raise the same UserError on every rank when any has a problem. A collective."""
+    def _agree(self, problem: str | None, kind: type[UserError] = UserError) -> None:
+        """Raise the same error on every rank when any has a problem. A collective."""
         problems = sorted({p for p in gather(problem) if p})
         if problems:
-            raise UserError(problems)
+            raise kind(problems)
 
     def _open_temporary(self, temporary: Path, num_bytes: int) -> str | None:
         """Rank 0: room on the disk, and an empty folder. Returns what is in the way."""

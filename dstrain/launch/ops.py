@@ -157,7 +157,8 @@ def _builder(name: str):
 def ask_cpu_once() -> None:
     """DeepSpeed asks py-cpuinfo twice for each op that it loads, and each question starts a Python: a second.
 
-    Source: deepspeed/ops/op_builder/builder.py, `cpu_arch` and `simd_width`.
+    https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/op_builder/builder.py, `cpu_arch` and `simd_width`; to be
+    removed when they keep the answer.
     """
     import cpuinfo
 

@@ -6,9 +6,12 @@ parallel.assert_equals(single)
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import forked
 
@@ -25,6 +28,14 @@ ADAMW = SGD | {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
 }
 BF16 = {"bf16": {"enabled": True}}
+
+
+def thinned(cases: Sequence[Any], *kept: Any) -> list[Any]:
+    """All cases of a matrix; those not in `kept` are run by `pytest -m exhaustive` and `tests.parallel_matrix` only."""
+    assert set(kept) <= set(cases), f"{set(kept) - set(cases)} are no cases"
+    rest = pytest.mark.exhaustive
+    tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*t, marks=() if case in kept else rest) for case, t in zip(cases, tuples, strict=True)]
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,267 @@
+"""Every kind of parallelism, for several models and optimizers, against one rank; and every pair of features.
+
+    python -m tests.parallel_matrix              # all; writes docs/parallelism.md and the table in ds_configs/README.md
+    python -m tests.parallel_matrix --only pairs
+
+A run is the real trainer's, 20 steps in forked ranks. Compared with the run of one rank at ZeRO-1 from the same weights
+and samples are loss, gradient norm and held-out loss of every step, and the weights of the exported model.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import parity
+from tests.distributed.parity import ADAMW, BF16, MODELS, SGD, SGD_CLIPPED, zero
+from tests.launch import ROOT
+
+PAGE, README = ROOT / "docs" / "parallelism.md", ROOT / "ds_configs" / "README.md"
+BEGIN, END = "<!-- support matrix: python -m tests.parallel_matrix -->", "<!-- end of the support matrix -->"
+MICRO = {"train_micro_batch_size_per_gpu": 2}
+DEPTH: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 4},
+    "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+MATRIX_MODELS = ("llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox")
+
+
+def pp(n: int) -> dict[str, Any]:
+    return {"pipeline": {"stages": n}}
+
+
+TP2, SP2 = {"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "PP2": (2, pp(2)),
+    "PP3": (3, pp(3)),
+    "PP4": (4, pp(4)),
+    "PP2xDP2": (4, pp(2)),
+    "TP2": (2, TP2),
+    "TP2xDP2": (4, TP2),
+    "SP2": (2, SP2),
+    "SP2xDP2": (4, SP2),
+}
+OPTIMIZERS = {"SGD": SGD, "SGD clipped": SGD_CLIPPED, "AdamW": ADAMW, "AdamW bf16": ADAMW | BF16}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """config, flags: what it adds. ranks: what it multiplies them by. reference: whether one rank must have it too."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    ranks: int = 1
+    reference: bool = False
+    model: str = "llama_tied"
+
+
+FEATURES = {
+    "ZeRO-0": Feature(zero(0)),
+    "ZeRO-1": Feature(zero(1)),
+    "ZeRO-2": Feature(zero(2)),
+    "ZeRO-3": Feature(zero(3)),
+    "pipeline": Feature(pp(2), ranks=2),
+    "tensor": Feature(TP2, ranks=2),
+    "sequence": Feature(SP2, ranks=2),
+    "bf16": Feature(BF16, reference=True),
+    "autocast": Feature({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, reference=True),
+    "offload": Feature({"offload_optimizer": {"device": "cpu"}}),
+    "accumulation": Feature({"train_micro_batch_size_per_gpu": 1}),
+    "checkpointing": Feature(flags=("--gradient_checkpointing",)),
+    "packing": Feature(flags=("--packing",), reference=True),
+    "experts": Feature(model="mixtral", reference=True),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """error: largest relative difference of a number or weight; None: refused, and why."""
+
+    error: float | None
+    bound: float
+    text: str = ""
+
+    @property
+    def is_exact(self) -> bool:
+        return self.error is not None and self.error <= self.bound
+
+    @property
+    def cell(self) -> str:
+        if self.error is None:
+            return "refused" if self.text else "**crash**"
+        return f"{self.error:.0e}" if self.is_exact else f"**{self.error:.0e}**"
+
+
+def deep(name: str) -> dict[str, Any]:
+    return MODELS[name] | DEPTH.get(name, {"num_hidden_layers": 4})
+
+
+def weights_error(run: Path, reference: Path) -> float:
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / "run" / "export" / "model.safetensors") for folder in (run, reference))
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[k].float() - theirs[k].float()).abs().max() / theirs[k].abs().max()) for k in theirs)
+
+
+class Comparison:
+    """Runs under `folder`, each reference once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.references: dict[str, tuple[Path, parity.Run]] = {}
+
+    def reference(self, model: str, config: dict[str, Any], flags: tuple[str, ...]) -> tuple[Path, parity.Run]:
+        key = json.dumps([model, config, flags])
+        if key not in self.references:
+            where = self.folder / f"reference{len(self.references)}"
+            self.references[key] = where, parity.run(where, deep(model), config, "--export", *flags)
+        return self.references[key]
+
+    def outcome(
+        self, model: str, config: dict[str, Any], plain: dict[str, Any], ranks: int,
+        flags: tuple[str, ...] = (), plain_flags: tuple[str, ...] = (),
+    ) -> Outcome:  # fmt: skip
+        folder, reference = self.reference(model, plain, plain_flags)
+        low = "bf16" in config or "torch_autocast" in config
+        bound = 2e-2 if low else 1e-5
+        where = self.folder / "run"
+        shutil.rmtree(where, ignore_errors=True)
+        run = parity.start(where, deep(model), config, "--export", *flags, ranks=ranks)
+        if run.exit_code != 0:
+            said = [line for line in run.stderr.splitlines() if line.startswith("dstrain: error: ")]
+            print(run.stderr[-1500:] if run.exit_code != 2 else "", file=sys.stderr)
+            return Outcome(None, bound, "; ".join(said).replace("dstrain: error: ", "") if run.exit_code == 2 else "")
+        errors = run.errors_against(reference)
+        errors["grad_norm"] /= 10  # its bound is ten times wider: a norm adds up what the loss averages
+        errors["weights"] = weights_error(where, folder) / 10
+        return Outcome(max(errors.values()), bound)
+
+
+def matrix(folder: Path) -> dict[str, Outcome]:
+    """ "layout | model | optimizer" -> outcome."""
+    compare, found = Comparison(folder), {}
+    for model in MATRIX_MODELS:
+        for optimizer, config in OPTIMIZERS.items():
+            plain = config | MICRO | zero(1)
+            for layout, (ranks, more) in LAYOUTS.items():
+                name = f"{layout} | {model} | {optimizer}"
+                found[name] = compare.outcome(model, plain | more, plain, ranks)
+                print(name, found[name].cell, found[name].text[:100], flush=True)
+    return found
+
+
+def merged(*configs: dict[str, Any]) -> dict[str, Any]:
+    """The configurations in one; offload goes into the ZeRO block."""
+    result: dict[str, Any] = {}
+    for config in configs:
+        result |= config
+    if offload := result.pop("offload_optimizer", None):
+        result["zero_optimization"] = result.get("zero_optimization", zero(1)["zero_optimization"]) | {
+            "offload_optimizer": offload
+        }
+    return result
+
+
+def pairs(folder: Path) -> dict[str, Outcome]:
+    """ "feature | feature" -> outcome, at ZeRO-1 unless one of them says otherwise."""
+    compare, found = Comparison(folder), {}
+    for (one, a), (two, b) in combinations(FEATURES.items(), 2):
+        if one.startswith("ZeRO") and two.startswith("ZeRO"):
+            continue
+        both = (a, b)
+        model = "mixtral" if "experts" in (one, two) else "llama_tied"
+        plain = merged(SGD, MICRO, zero(1), *(f.config for f in both if f.reference))
+        config = merged(SGD, MICRO, zero(1), a.config, b.config)
+        flags = tuple(flag for f in both for flag in f.flags)
+        plain_flags = tuple(flag for f in both if f.reference for flag in f.flags)
+        ranks = max(2, a.ranks * b.ranks)
+        found[f"{one} | {two}"] = compare.outcome(model, config, plain, ranks, flags, plain_flags)
+        print(f"{one} | {two}", found[f"{one} | {two}"], flush=True)
+    return found
+
+
+def support_table(found: dict[str, Outcome]) -> str:
+    names = list(FEATURES)
+    lines = ["| | " + " | ".join(names[1:]) + " |", "|---" * len(names) + "|"]
+    for i, row in enumerate(names[:-1]):
+        cells = []
+        for j, column in enumerate(names[1:], 1):
+            outcome = found.get(f"{row} | {column}")
+            state = "" if j <= i or outcome is None else "exact" if outcome.is_exact else outcome.cell
+            cells.append(state)
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parity_table(found: dict[str, Outcome]) -> str:
+    lines = ["| model | optimizer | " + " | ".join(LAYOUTS) + " |", "|---" * (len(LAYOUTS) + 2) + "|"]
+    for model in MATRIX_MODELS:
+        for optimizer in OPTIMIZERS:
+            cells = [found[f"{layout} | {model} | {optimizer}"].cell for layout in LAYOUTS]
+            lines.append(f"| {model} | {optimizer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def refusals(found: dict[str, Outcome]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, outcome in found.items():
+        if outcome.error is None:
+            reasons.setdefault(
+                outcome.text.split(": ", 1)[-1] if ".json: " in outcome.text else outcome.text, []
+            ).append(name.replace(" | ", " + "))
+    return "\n".join(f"- {', '.join(names)}: {text}" for text, names in reasons.items())
+
+
+def page(parity_found: dict[str, Outcome], pairs_found: dict[str, Outcome]) -> str:
+    everything = [*parity_found.values(), *pairs_found.values()]
+    ran = [outcome for outcome in everything if outcome.error is not None]
+    return f"""# Parallelism, measured
+
+Written by `python -m tests.parallel_matrix`. Each cell is a run of 20 steps compared with one rank at ZeRO-1 from the
+same weights and samples: the largest relative difference of loss and held-out loss, and a tenth of that of gradient
+norm and exported weights. Bounds: 1e-5 in fp32, 2e-2 with bf16. Tiny models of 4 layers, CPU, gloo.
+
+{sum(outcome.is_exact for outcome in ran)} of {len(ran)} runs within their bound; {len(everything) - len(ran)} refused.
+
+## Models, layouts, optimizers
+
+{parity_table(parity_found)}
+
+## Pairs of features
+
+At ZeRO-1 where neither says otherwise, with SGD, clipping off.
+
+{support_table(pairs_found)}
+
+## What is refused, and why
+
+{refusals(parity_found | pairs_found)}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("matrix", "pairs"), help="print that part, write nothing")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="parallel_matrix_") as folder:
+        parity_found = matrix(Path(folder) / "matrix") if args.only != "pairs" else {}
+        pairs_found = pairs(Path(folder) / "pairs") if args.only != "matrix" else {}
+    if args.only is None:
+        PAGE.write_text(page(parity_found, pairs_found))
+        text = README.read_text()
+        before, rest = text.split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n\n{support_table(pairs_found)}\n\n{END}{rest.split(END)[1]}")
+    outcomes = parity_found | pairs_found
+    bad = [name for name, o in outcomes.items() if not o.is_exact and not o.text]
+    print(json.dumps({"runs": len(outcomes), "wrong": bad}))
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
