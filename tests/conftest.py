@@ -41,7 +41,10 @@ def pytest_collection_finish(session):
     if not selected or session.config.option.collectonly:
         return
     print("\nbuilding DeepSpeed's ops where they are missing (minutes, once per environment)", flush=True)
-    subprocess.run([sys.executable, "-m", "dstrain.launch.ops"], env=environment(), cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "dstrain.launch.ops"]
+    for name in ("zero2", "zero3_offload_cpu", *(["zero3_offload_nvme"] if has_libaio() else [])):
+        command += ["--deepspeed_config", f"ds_configs/{name}.json"]
+    subprocess.run(command, env=environment(), cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +58,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def libaio() -> None:
     """Skips where NVMe offload cannot be built."""
-    header = any(Path(folder, "libaio.h").exists() for folder in ("/usr/include", "/usr/local/include"))
-    if not (header and shutil.which("c++")):
+    if not has_libaio():
         pytest.skip("no libaio headers: apt-get install libaio-dev")
+
+
+def has_libaio() -> bool:
+    header = any(Path(folder, "libaio.h").exists() for folder in ("/usr/include", "/usr/local/include"))
+    return header and shutil.which("c++") is not None

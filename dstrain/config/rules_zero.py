@@ -225,27 +225,26 @@ def optimizer_on_cpu(case: Case) -> Iterator[str]:
         yield "optimizer.type Lamb has no CPU kernel for offload_optimizer: leave the offload out, or write AdamW"
 
 
-def muon_needs_whole_gradients(case: Case) -> Iterator[str | Repair]:
-    if case.optimizer == "Muon" and case.stage == 3:
-        given = case.get("zero_optimization.reduce_scatter")
-        if given is True:
-            yield "optimizer.type Muon cannot work with reduce_scatter at stage 3: write reduce_scatter false"
-        if given is None:
-            yield Repair("zero_optimization.reduce_scatter", False, "derived: Muon needs whole gradients at stage 3")
+def adagrad_loses_its_groups(case: Case) -> Iterator[str]:
+    cls = case.optimizer_class
+    if cls and cls.name == "torch.optim.Adagrad" and case.stage > 0:
+        yield (
+            "optimizer.type Adagrad without offload is built anew by ZeRO, without its parameter groups and out of the "
+            "schedule's reach: offload the optimizer to cpu, or write stage 0"
+        )
 
 
 def muon_numbers(case: Case) -> Iterator[str]:
-    """Measured: only these give the numbers of one process. ZeRO's optimizers clip Muon's update, not the gradient."""
+    """Measured: only these give the numbers of one process, clip the gradient and can be resumed elsewhere."""
     if case.optimizer != "Muon":
         return
+    works = case.stage == 0 or (case.stage == 1 and case.precision == "bf16" and not case.offload_optimizer)
     if case.precision == "fp16":
         yield "optimizer.type Muon is not shown to be right with fp16: write bf16, or leave fp16 out"
-    elif case.precision == "bf16" and (case.stage == 2 or (case.stage == 1 and case.offload_optimizer)):
-        yield f"optimizer.type Muon gives wrong numbers with bf16 {_where(case)}: write stage 1 without offload"
-    elif case.clipping and case.stage > 0 and not (case.precision == "bf16" and case.stage == 1):
+    elif not works:
         yield (
-            f"optimizer.type Muon {_where(case)} clips its update instead of the gradient: "
-            "write gradient_clipping 0, or bf16 at stage 1"
+            f"optimizer.type Muon with {case.precision} {_where(case)} measures and clips its update instead of the "
+            "gradient, and its momenta are bound to the layout: write stage 0, or bf16 at stage 1 without offload"
         )
     if case.stage == 1 and case.precision == "bf16" and case.dims.model_parallel_size > 1:
         yield "optimizer.type Muon with bf16 at stage 1 is refused by DeepSpeed with model parallelism: write AdamW"
@@ -278,6 +277,6 @@ RULES: tuple[Rule, ...] = (
     adam_means_adamw,
     amsgrad,
     optimizer_on_cpu,
-    muon_needs_whole_gradients,
+    adagrad_loses_its_groups,
     muon_numbers,
 )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,9 @@ def _last_error(output: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dstrain.launch.ops", description="Build DeepSpeed's C++ ops.")
-    parser.add_argument("--deepspeed_config", help="build what this DeepSpeed JSON needs (default: every op)")
+    parser.add_argument(
+        "--deepspeed_config", action="append", help="build what this file needs; repeatable (default: every op)"
+    )
     args = parser.parse_args(argv)
     try:
         import torch
@@ -232,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if args.deepspeed_config is not None:
-            builders = required_builders(load_config(args.deepspeed_config), device)
+            needed = [required_builders(load_config(path), device) for path in args.deepspeed_config]
+            builders = list(dict.fromkeys(chain.from_iterable(needed)))
         else:
             builders = list(CUDA_BUILDERS if device == "cuda" else CPU_BUILDERS)
             if not _builder("AsyncIOBuilder").is_compatible(verbose=False):
