@@ -162,7 +162,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         data=data,
         total_steps=total_steps,
         engine=engine,
-        checkpoints=_build_checkpoints(args, folder, engine, tokenizer, identity),
+        checkpoints=_build_checkpoints(args, folder, engine, tokenizer, identity, total_steps),
         safety=safety,
         profiler=build_profiler(folder.path / "profile", run.profile and launch.is_main),
     )
@@ -180,7 +180,9 @@ def _choose_attention(args: Arguments, resolved: ResolvedConfig, block_size: int
     return replace(args, model=replace(args.model, attn_implementation="eager"))
 
 
-def _build_checkpoints(args: Arguments, folder: RunFolder, engine: Any, tokenizer: Any, identity: dict) -> Any:
+def _build_checkpoints(
+    args: Arguments, folder: RunFolder, engine: Any, tokenizer: Any, identity: dict, total_steps: int
+) -> Any:
     from dstrain.checkpoint.export import model_files
     from dstrain.checkpoint.manager import CheckpointManager
 
@@ -192,6 +194,7 @@ def _build_checkpoints(args: Arguments, folder: RunFolder, engine: Any, tokenize
         background=True,
         model_files=lambda: model_files(engine.model, tokenizer),
         description={"arguments": args.to_dict(), "identity": identity},
+        total_steps=total_steps,
     )
 
 

@@ -25,7 +25,7 @@ from dstrain.checkpoint.manifest import (
     write_latest,
 )
 from dstrain.checkpoint.reshape import CheckpointReader
-from dstrain.checkpoint.state import HostMemory, load_snapshot, take_snapshot
+from dstrain.checkpoint.state import HostMemory, NoMemory, is_swapped, load_snapshot, take_snapshot
 from dstrain.errors import DiskError, UserError
 from dstrain.parallel import Launch
 
@@ -84,7 +84,8 @@ class CheckpointManager:
     """Writes checkpoints of an engine, at most one at a time, and finds and restores them.
 
     model_files: called once, on rank 0: name -> contents of what an export needs besides weights (config, tokenizer).
-    description: more facts for the manifest, plain JSON.
+    description: more facts for the manifest, plain JSON. total_steps: after so many steps nothing changes any more, so
+    that the last checkpoint needs no copy in host memory, and a run with no other needs no room for one.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class CheckpointManager:
         background: bool = False,
         model_files: Callable[[], dict[str, bytes]] = dict,
         description: dict[str, Any] | None = None,
+        total_steps: int | None = None,
     ):
         self.folder = folder
         self.engine = engine
@@ -106,6 +108,7 @@ class CheckpointManager:
         self._make_model_files = model_files
         self._model_files: dict[str, bytes] | None = None
         self.description = description or {}
+        self.total_steps = total_steps
         self.saved_step: int | None = None
         self.launch = Launch.from_environment()
         self.memory = HostMemory()
@@ -131,7 +134,8 @@ class CheckpointManager:
         self.wait()
         target = self.path_of(state.step)
         temporary = self.folder / f".{target.name}.tmp"
-        snapshot = take_snapshot(self.engine, self.memory)
+        is_last = state.step == self.total_steps and not is_swapped(self.engine)
+        snapshot = take_snapshot(self.engine, NoMemory() if is_last else self.memory)
         (num_bytes,) = distributed.sum_over_ranks([float(snapshot.bytes)])
         contents = {**self.description, **asdict(state), "extra": extra, "engine": engine_state.capture(self.engine)}
         contents["layout"] = {"world_size": self.launch.world_size, **layout_of(self.engine)}
@@ -171,7 +175,8 @@ class CheckpointManager:
         """
         if self.background and not self._reserved:
             self._reserved = True
-            self.memory.reserve(self.engine)
+            if self.save_steps > 0 and (self.total_steps is None or self.save_steps < self.total_steps):
+                self.memory.reserve(self.engine)
         save = self._in_flight
         if save is not None and save.stats is not None:
             self._finished.append(save.stats)

@@ -32,8 +32,8 @@ class HostMemory:
 
     def reserve(self, engine: Any) -> None:
         """Begin, in the background, to allocate and touch what the next snapshot will need."""
-        if getattr(engine.optimizer, "swap_optimizer", False):
-            return  # the states are on NVMe: looking at them means reading them
+        if is_swapped(engine):
+            return  # looking at the states means reading them
         plan = _Plan()
         take_snapshot(engine, plan)
         self.reserving = threading.Thread(target=self._allocate, args=(plan.sizes,), daemon=True)
@@ -50,6 +50,13 @@ class HostMemory:
             self.reserving = None
 
 
+class NoMemory(HostMemory):
+    """For the last checkpoint of a run: nothing changes any more, so what lies in host memory is written from there."""
+
+    def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
+        return super().copy(key, source) if source.is_cuda else source
+
+
 @dataclass
 class _Plan(HostMemory):
     """Notes what a snapshot copies, and copies nothing."""
@@ -59,6 +66,11 @@ class _Plan(HostMemory):
     def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
         self.sizes[key] = (source.numel(), source.dtype, source.is_cuda)
         return source.new_empty(source.shape, device="meta")
+
+
+def is_swapped(engine: Any) -> bool:
+    """Whether the optimizer's states are on NVMe, in memory only one group at a time."""
+    return bool(getattr(engine.optimizer, "swap_optimizer", False))
 
 
 @dataclass(frozen=True)

@@ -270,3 +270,14 @@ def test_the_models_own_files_are_part_of_it(tmp_path):
     (tmp_path / "step_00000001" / "model" / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config.json is damaged"):
         make(tmp_path).load(tmp_path / "step_00000001")
+
+
+def test_the_last_checkpoint_takes_no_copy(tmp_path):
+    engine = fake_engine()
+    train(engine, 3)
+    copied, last = make(tmp_path / "a", engine), make(tmp_path / "b", engine, total_steps=3)
+    for checkpoints in (copied, last):
+        checkpoints.save(state(3), {})
+    assert copied.memory.buffers and not last.memory.buffers
+    weights = [next((tmp_path / run / "step_00000003").glob("rank_*.weight.*")).read_bytes() for run in "ab"]
+    assert weights[0] == weights[1]
