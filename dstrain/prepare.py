@@ -138,7 +138,6 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     identity = _identity(config, data.samples_sha256, run.seed, block_size, resolved.global_batch)
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
-    args = _choose_attention(args, resolved, block_size)
     if run.verify:
         gate(replace(args, run=replace(run, deepspeed_config=resolved.facts.source)))
         startup.done("verify")
@@ -166,18 +165,6 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         safety=safety,
         profiler=build_profiler(folder.path / "profile", run.profile and launch.is_main),
     )
-
-
-def _choose_attention(args: Arguments, resolved: ResolvedConfig, block_size: int) -> Arguments:
-    """Where the user names no attention kernel: eager for short 16-bit blocks on a CPU, else the model's own choice.
-
-    Forward and backward of [4, 6, S, 64] in bf16 on one core: 27 ms (sdpa) and 13 ms (eager) at S = 256, 112 and 49 ms
-    at 512, 223 and 663 ms at 1024; in fp32 sdpa is never slower. Ulysses works with sdpa only.
-    """
-    short = resolved.facts.device == "cpu" and resolved.precision == "bf16" and block_size <= 512
-    if args.model.attn_implementation or not short or resolved.parallel.sp_size > 1:
-        return args
-    return replace(args, model=replace(args.model, attn_implementation="eager"))
 
 
 def _build_checkpoints(
