@@ -40,9 +40,8 @@ def read_configuration(args: Arguments) -> Configuration:
         stored = {} if run.overwrite_output_dir else folder.read()
     except UserError as error:
         problems += error.problems
-    if run.export not in (None, "auto") and (target := Path(run.export)).exists():
-        if not target.is_dir() or any(target.iterdir()):
-            problems.append(f"--export {target} is there already: name a new or empty folder")
+    if run.export not in (None, "auto") and _is_taken(Path(run.export)):
+        problems.append(f"--export {run.export} is there already: name a new or empty folder")
     if not path:
         problems.append("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/zero2.json")
     if not (args.model.model_name_or_path or args.model.config_name):
@@ -69,6 +68,10 @@ def read_configuration(args: Arguments) -> Configuration:
     if problems:
         raise UserError(problems)
     return Configuration(folder, resolved, stored)
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager

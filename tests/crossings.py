@@ -24,27 +24,19 @@ _CPU = {"offload_optimizer": {"device": "cpu"}}
 # Name -> (ranks, DeepSpeed JSON).
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero0-1": (1, ck.config(0)),
-    "zero0-2": (2, ck.config(0)),
     "zero1-2": (2, ck.config(1)),
-    "zero2-1": (1, ck.config(2)),
     "zero2-2": (2, ck.config(2)),
     "zero2-4": (4, ck.config(2)),
-    "zero3-1": (1, ck.config(3)),
     "zero3-2": (2, ck.config(3, zero=_SMALL_GROUPS)),
     "zero3-4": (4, ck.config(3)),
-    "zero2-cpu-2": (2, ck.config(2, zero=_CPU)),
     "zero3-cpu-2": (2, ck.config(3, zero={**_CPU, "offload_param": {"device": "cpu"}})),
     "pp2-2": (2, ck.config(1, pipeline={"stages": 2})),
     "pp2-dp2-4": (4, ck.config(1, pipeline={"stages": 2})),
     "tp2-2": (2, ck.config(1, tensor_parallel={"autotp_size": 2})),
     "sp2-2": (2, ck.config(3, sequence_parallel_size=2)),
-    "zero1-bf16-1": (1, ck.config(1, "bf16")),
-    "zero3-bf16-1": (1, ck.config(3, "bf16")),
     "zero1-bf16-2": (2, ck.config(1, "bf16")),
-    "zero2-bf16-2": (2, ck.config(2, "bf16")),
     "zero3-bf16-2": (2, ck.config(3, "bf16")),
     "pp2-bf16-2": (2, ck.config(1, "bf16", pipeline={"stages": 2})),
-    "tp2-bf16-2": (2, ck.config(1, "bf16", tensor_parallel={"autotp_size": 2})),
 }
 
 

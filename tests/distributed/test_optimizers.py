@@ -23,9 +23,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "offloaded"), thinned(CASES, ("Adagrad", 0, False), ("SGD", 3, False))
-)
+@pytest.mark.parametrize(("name", "stage", "offloaded"), thinned(CASES, ("Adagrad", 0, False), ("SGD", 3, False)))
 def test_two_ranks_equal_one(name, stage, offloaded, tmp_path):
     more = OFFLOAD if offloaded else {}
     config = SGD | {"optimizer": OPTIMIZERS[name]}

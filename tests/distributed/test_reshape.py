@@ -6,11 +6,10 @@ from tests import checkpoints as ck
 from tests import crossings, torture
 from tests.launch import run_command
 
-PAIR = ["zero2-1", "zero3-2"]
-STAGES = ["zero0-1", "pp2-2"]
+CROSSED = [["zero0-1", "zero3-2", "pp2-2"], ["tp2-2", "sp2-2"]]
 
 
-@pytest.mark.parametrize("names", [PAIR, STAGES, ["tp2-2", "sp2-2"]], ids=" ".join)
+@pytest.mark.parametrize("names", CROSSED, ids=" ".join)
 def test_checkpoints_cross_layouts_and_export(names, tmp_path):
     results = crossings.cross(names, tmp_path)
     assert len(results) == len(names) ** 2 + len(names)

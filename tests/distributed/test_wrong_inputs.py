@@ -117,6 +117,7 @@ CASES = [
     case("tokenizer_missing", "nowhere", flags="--tokenizer_name {d}/nowhere"),
     case("tokenizer_too_large", "vocab_size", flags="--config_overrides vocab_size=100"),
     case("heads_do_not_divide", "head", flags="--config_overrides num_attention_heads=5"),
+    case("export_folder_taken", "--export", "new or empty", flags="--export {d}"),
     # the data
     case("data_missing", "nowhere.txt", flags="--train_file {d}/nowhere.txt"),
     case("data_glob_empty", "*.txt", flags="--train_file {d}/*.txt"),

@@ -1,0 +1,31 @@
+"""Flags that change how a step runs and not its numbers."""
+
+import json
+
+import pytest
+
+from tests.distributed.parity import LLAMA, SGD, Baselines, run, thinned, zero
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> Baselines:
+    return Baselines(tmp_path_factory.mktemp("one_rank"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("mode", thinned(["layer", "whole"], "layer"))
+def test_compile(one_rank, tmp_path, mode, stage):
+    compiled = run(tmp_path, LLAMA, SGD | zero(stage), "--compile", mode, ranks=2, timeout_s=280.0)
+    compiled.assert_equals(one_rank(LLAMA, SGD))
+
+
+def test_profile_is_a_trace_of_a_few_steps(one_rank, tmp_path):
+    run(tmp_path, LLAMA, SGD | zero(2), "--profile", ranks=2).assert_equals(one_rank(LLAMA, SGD))
+    (trace,) = (tmp_path / "run" / "profile").glob("*.json*")
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any(name.startswith("ProfilerStep") for name in names) and "aten::mm" in names
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_checkpointed_activations(one_rank, tmp_path, stage):
+    run(tmp_path, LLAMA, SGD | zero(stage), "--gradient_checkpointing", ranks=2).assert_equals(one_rank(LLAMA, SGD))
