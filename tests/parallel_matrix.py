@@ -2,6 +2,7 @@
 
     python -m tests.parallel_matrix              # all; writes docs/parallelism.md and the table in ds_configs/README.md
     python -m tests.parallel_matrix --only pairs
+    python -m tests.parallel_matrix --work /tmp/matrix.json      # keeps each result, and goes on after an interruption
 
 A run is the real trainer's, 20 steps in forked ranks. Compared with the run of one rank at ZeRO-1 from the same weights
 and samples are loss, gradient norm and held-out loss of every step, and the weights of the exported model.
@@ -12,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ DEPTH: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 4},
     "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
-MATRIX_MODELS = ("llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox")
+MATRIX_MODELS = ("llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "gpt_neox")
 
 
 def pp(n: int) -> dict[str, Any]:
@@ -113,10 +114,12 @@ def weights_error(run: Path, reference: Path) -> float:
 
 
 class Comparison:
-    """Runs under `folder`, each reference once."""
+    """Runs under `folder`, each reference once; results in `work`, where one is named."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, work: Path | None):
+        self.folder, self.work = folder, work
+        kept = json.loads(work.read_text()) if work and work.exists() else {}
+        self.found = {name: Outcome(**values) for name, values in kept.items()}
         self.references: dict[str, tuple[Path, parity.Run]] = {}
 
     def reference(self, model: str, config: dict[str, Any], flags: tuple[str, ...]) -> tuple[Path, parity.Run]:
@@ -125,6 +128,15 @@ class Comparison:
             where = self.folder / f"reference{len(self.references)}"
             self.references[key] = where, parity.run(where, deep(model), config, "--export", *flags)
         return self.references[key]
+
+    def compare(self, name: str, *args: Any) -> Outcome:
+        """`outcome`, once for each name."""
+        if name not in self.found:
+            self.found[name] = self.outcome(*args)
+            print(name, self.found[name].cell, self.found[name].text[:100], flush=True)
+            if self.work:
+                self.work.write_text(json.dumps({name: asdict(o) for name, o in self.found.items()}, indent=1))
+        return self.found[name]
 
     def outcome(
         self, model: str, config: dict[str, Any], plain: dict[str, Any], ranks: int,
@@ -146,16 +158,15 @@ class Comparison:
         return Outcome(max(errors.values()), bound)
 
 
-def matrix(folder: Path) -> dict[str, Outcome]:
+def matrix(comparison: Comparison) -> dict[str, Outcome]:
     """ "layout | model | optimizer" -> outcome."""
-    compare, found = Comparison(folder), {}
+    found = {}
     for model in MATRIX_MODELS:
         for optimizer, config in OPTIMIZERS.items():
             plain = config | MICRO | zero(1)
             for layout, (ranks, more) in LAYOUTS.items():
                 name = f"{layout} | {model} | {optimizer}"
-                found[name] = compare.outcome(model, plain | more, plain, ranks)
-                print(name, found[name].cell, found[name].text[:100], flush=True)
+                found[name] = comparison.compare(name, model, plain | more, plain, ranks)
     return found
 
 
@@ -171,9 +182,9 @@ def merged(*configs: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def pairs(folder: Path) -> dict[str, Outcome]:
+def pairs(comparison: Comparison) -> dict[str, Outcome]:
     """ "feature | feature" -> outcome, at ZeRO-1 unless one of them says otherwise."""
-    compare, found = Comparison(folder), {}
+    found = {}
     for (one, a), (two, b) in combinations(FEATURES.items(), 2):
         if one.startswith("ZeRO") and two.startswith("ZeRO"):
             continue
@@ -184,8 +195,8 @@ def pairs(folder: Path) -> dict[str, Outcome]:
         flags = tuple(flag for f in both for flag in f.flags)
         plain_flags = tuple(flag for f in both if f.reference for flag in f.flags)
         ranks = max(2, a.ranks * b.ranks)
-        found[f"{one} | {two}"] = compare.outcome(model, config, plain, ranks, flags, plain_flags)
-        print(f"{one} | {two}", found[f"{one} | {two}"], flush=True)
+        name = f"{one} | {two}"
+        found[name] = comparison.compare(name, model, config, plain, ranks, flags, plain_flags)
     return found
 
 
@@ -251,10 +262,12 @@ At ZeRO-1 where neither says otherwise, with SGD, clipping off.
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("matrix", "pairs"), help="print that part, write nothing")
+    parser.add_argument("--work", type=Path, help="JSON file of the results so far")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="parallel_matrix_") as folder:
-        parity_found = matrix(Path(folder) / "matrix") if args.only != "pairs" else {}
-        pairs_found = pairs(Path(folder) / "pairs") if args.only != "matrix" else {}
+        comparison = Comparison(Path(folder), args.work)
+        pairs_found = pairs(comparison) if args.only != "matrix" else {}
+        parity_found = matrix(comparison) if args.only != "pairs" else {}
     if args.only is None:
         PAGE.write_text(page(parity_found, pairs_found))
         text = README.read_text()
