@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-2": (2, ck.config(1, pipeline={"stages": 2})),
     "pp2-dp2-4": (4, ck.config(1, pipeline={"stages": 2})),
     "tp2-2": (2, ck.config(1, tensor_parallel={"autotp_size": 2})),
+    "tp2-zero3-2": (2, ck.config(3, tensor_parallel={"autotp_size": 2})),
     "sp2-2": (2, ck.config(3, sequence_parallel_size=2)),
     "zero1-bf16-2": (2, ck.config(1, "bf16")),
     "zero3-bf16-2": (2, ck.config(3, "bf16")),

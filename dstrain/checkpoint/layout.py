@@ -83,6 +83,12 @@ def local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def partition_size(parameter: nn.Parameter | None) -> int:
+    """Number of ranks over which ZeRO-3 divided it; 1 where it did not. None: a buffer."""
+    group = getattr(parameter, "ds_process_group", None)
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
 def place(engine: Any) -> Place:
     import torch.distributed as dist
     from deepspeed.utils import groups

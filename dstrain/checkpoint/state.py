@@ -9,7 +9,17 @@ import torch
 
 from dstrain.checkpoint import engine_state
 from dstrain.checkpoint.files import Entry, Key
-from dstrain.checkpoint.layout import Fragment, Named, Place, Rest, inner_optimizer, open_shards, place, rest_of
+from dstrain.checkpoint.layout import (
+    Fragment,
+    Named,
+    Place,
+    Rest,
+    inner_optimizer,
+    open_shards,
+    partition_size,
+    place,
+    rest_of,
+)
 from dstrain.checkpoint.replay import replay_steps
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
@@ -116,7 +126,10 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
         entries.append(Entry(key, data.dtype, tuple(data.shape), lambda: data))
 
     def is_written_here(name: str) -> bool:
-        return name in named.cuts or where.tp_rank == 0  # tensor-parallel ranks hold copies of what is not cut
+        if name in named.cuts or where.tp_rank == 0:
+            return True
+        # Of what is not cut, tensor-parallel ranks hold copies; but ZeRO-3 may have divided it over them too.
+        return partition_size(named.parameters.get(name)) > where.num_replicas
 
     for shard in open_shards(engine, names, changing=False):
         scalars = engine_state.scalars_of(shard.state, shard.weights)

@@ -6,7 +6,7 @@ from tests import checkpoints as ck
 from tests import crossings, torture
 from tests.launch import run_command
 
-CROSSED = [["zero0-1", "zero3-2", "pp2-2"], ["tp2-2", "sp2-2"]]
+CROSSED = [["zero0-1", "zero3-2", "pp2-2"], ["tp2-2", "tp2-zero3-2", "sp2-2"]]
 
 
 @pytest.mark.parametrize("names", CROSSED, ids=" ".join)
