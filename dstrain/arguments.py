@@ -39,6 +39,7 @@ class ModelArguments:
     attn_implementation: str | None = flag("attention kernel: eager, sdpa, flash_attention_2, ...")
     trust_remote_code: bool = flag("allow a hub repository to run its own Python code", False)
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", False)
+    tiled_mlp: bool = flag("compute MLPs a part of the sequence at a time, for long sequences", False)
     compile: str | None = flag(
         "torch.compile: each decoder layer (`layer`, also for the bare flag) or the whole model (`whole`)",
         choices=("layer", "whole"),

@@ -12,6 +12,7 @@ from dstrain.errors import UserError
 from dstrain.models.config import CONFIG_ERRORS, check_block_size, check_vocabulary, load_model_config, one_line
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pretrained import find_checkpoint, load
+from dstrain.models.tiling import tile_mlps
 from dstrain.models.units import Unit, parameters_on_meta
 
 __all__ = ["build_model", "check_block_size", "check_vocabulary", "load_model_config"]
@@ -93,14 +94,20 @@ def build_model(
         model = build_skeleton(margs, config, torch.float32)
         initialise(model, seed, dtype, partition)
     model.config.dtype = dtype
-    if margs.gradient_checkpointing:
-        enable_checkpointing(model)
+    save_activations(model, margs)
     model.train()
     return _to_device(model, device or torch.device("cpu"), partitioned=partition is not None)
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in the backward pass. Raises UserError for a model that cannot."""
+def save_activations(model: PreTrainedModel, margs: ModelArguments) -> None:
+    """What `--gradient_checkpointing` and `--tiled_mlp` ask for. Raises UserError for a model that cannot."""
+    if margs.tiled_mlp:
+        tile_mlps(model)
+    if margs.gradient_checkpointing:
+        _enable_checkpointing(model)
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise UserError(f"{model.config.model_type} has no gradient checkpointing: leave --gradient_checkpointing out")
     # Renamed within transformers 5; the old name warns.

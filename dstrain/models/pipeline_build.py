@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dstrain.arguments import ModelArguments
 from dstrain.errors import UserError
-from dstrain.models.build import build_skeleton, enable_checkpointing
+from dstrain.models.build import build_skeleton, save_activations
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
 from dstrain.models.pipeline_module import PipeStage
@@ -37,8 +37,7 @@ def build_stage(
     if not margs.model_name_or_path:
         initialise(model, seed, dtype, None)
     model.config.dtype = dtype
-    if margs.gradient_checkpointing:
-        enable_checkpointing(model)
+    save_activations(model, margs)
     stage.train()
     return stage.to(device or torch.device("cpu"))
 

@@ -30,3 +30,12 @@ def test_profile_is_a_trace_of_a_few_steps(one_rank, tmp_path):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_checkpointed_activations(one_rank, tmp_path, stage):
     run(tmp_path, LLAMA, SGD | zero(stage), "--gradient_checkpointing", ranks=2).assert_equals(one_rank(LLAMA, SGD))
+
+
+@pytest.mark.parametrize(
+    "config", [zero(3), zero(3) | {"sequence_parallel_size": 2}, zero(1) | {"pipeline": {"stages": 2}}]
+)
+def test_tiled_mlp(one_rank, tmp_path, config):
+    """Blocks of 256 tokens in tiles of 64."""
+    long = ("--block_size", "256")
+    run(tmp_path, LLAMA, SGD | config, "--tiled_mlp", *long, ranks=2).assert_equals(one_rank(LLAMA, SGD, *long))

@@ -33,7 +33,9 @@ use_cpu: true
 """
 README = (ROOT / "README.md").read_text()
 # Every start in README's table, and accelerate with a file of its own; `deepspeed --hostfile` alone asks ssh.
-COMMANDS = re.findall(r"^\| `((?:deepspeed|torchrun|accelerate|python)\b[^`]*)` \|", README, re.M)
+COMMANDS = re.findall(
+    r"^\| `((?:deepspeed|torchrun|accelerate|python)\b[^`]* dstrain/train\.py[^`]*)` \|", README, re.M
+)
 STARTS = [*COMMANDS[1:], "accelerate launch --config_file $FOLDER/accelerate.yaml dstrain/train.py $FLAGS"]
 TORCHRUN, HOSTFILE, PYTHON = (
     next(c for c in STARTS if c.startswith(head)) for head in ("torchrun", "deepspeed --hostfile", "python")
