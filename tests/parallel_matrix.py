@@ -142,7 +142,6 @@ class Comparison:
         self, model: str, config: dict[str, Any], plain: dict[str, Any], ranks: int,
         flags: tuple[str, ...] = (), plain_flags: tuple[str, ...] = (),
     ) -> Outcome:  # fmt: skip
-        folder, reference = self.reference(model, plain, plain_flags)
         low = "bf16" in config or "torch_autocast" in config
         bound = 2e-2 if low else 1e-5
         where = self.folder / "run"
@@ -152,6 +151,7 @@ class Comparison:
             said = [line for line in run.stderr.splitlines() if line.startswith("dstrain: error: ")]
             print(run.stderr[-1500:] if run.exit_code != 2 else "", file=sys.stderr)
             return Outcome(None, bound, "; ".join(said).replace("dstrain: error: ", "") if run.exit_code == 2 else "")
+        folder, reference = self.reference(model, plain, plain_flags)
         errors = run.errors_against(reference)
         errors["grad_norm"] /= 10  # its bound is ten times wider: a norm adds up what the loss averages
         errors["weights"] = weights_error(where, folder) / 10
@@ -261,7 +261,7 @@ At ZeRO-1 where neither says otherwise, with SGD, clipping off.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("matrix", "pairs"), help="print that part, write nothing")
+    parser.add_argument("--only", choices=("matrix", "pairs"), help="that part; docs/parallelism.md needs both")
     parser.add_argument("--work", type=Path, help="JSON file of the results so far")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="parallel_matrix_") as folder:
@@ -270,6 +270,7 @@ def main() -> int:
         parity_found = matrix(comparison) if args.only != "pairs" else {}
     if args.only is None:
         PAGE.write_text(page(parity_found, pairs_found))
+    if args.only != "matrix":
         text = README.read_text()
         before, rest = text.split(BEGIN)
         README.write_text(f"{before}{BEGIN}\n\n{support_table(pairs_found)}\n\n{END}{rest.split(END)[1]}")
