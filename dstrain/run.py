@@ -189,11 +189,9 @@ class Run:
         from dstrain.monitor.logs import screen
         from dstrain.monitor.report import write_report
 
+        self.monitor.close(exit_code, reason)
         if self.launch.is_main and "report" in self.args.run.report_to:
             try:
-                report = write_report(self.folder.path)
+                print(f"report: {write_report(self.folder.path)}", file=screen())
             except (OSError, ValueError) as error:  # a picture of a run must not fail the run
-                self.monitor.event(self.state.step, "report", f"not written: {error}")
-            else:
-                print(f"report: {report}", file=screen())
-        self.monitor.close(exit_code, reason)
+                print(f"no report: {error}", file=screen())

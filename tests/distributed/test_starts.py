@@ -94,6 +94,7 @@ def test_start(command, folder, plain_losses):
     steps = re.findall(rf"^step +(\d+)/{STEPS}  loss", result.stdout, re.M)
     assert steps == [str(i) for i in range(1, STEPS + 1)]
     assert not foreign_lines(result.stdout)
+    assert "no summary" not in (result.run_dir / "report.html").read_text()
 
 
 def foreign_lines(stdout: str) -> list[str]:
