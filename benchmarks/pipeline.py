@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trainer import start
+from benchmarks.trainer import run_dstrain
 from dstrain.run_folder import environment_facts
 
 STAGES, WARMUP_STEPS, STEPS = 2, 2, 8
@@ -32,7 +32,7 @@ MODEL = {
 }
 
 
-def run(folder: Path, micro_batches: int, stages: int) -> tuple[float, list[float]]:
+def run(folder: Path, micro_batches: int, stages: int) -> tuple[float, float]:
     """(median step time in s, peak resident set of the largest rank in GiB)."""
     config: dict[str, Any] = {
         "train_batch_size": micro_batches * MICRO_BATCH,
@@ -45,12 +45,9 @@ def run(folder: Path, micro_batches: int, stages: int) -> tuple[float, list[floa
     (folder / "ds.json").write_text(json.dumps(config))
     (folder / "model.json").write_text(json.dumps(MODEL))
     flags = ["--deepspeed_config", folder / "ds.json", "--config_name", folder / "model.json"]
-    flags += ["--output_dir", folder / "run", "--overwrite_output_dir", "--report_to", "none", "--save_steps", 0]
-    flags += ["--max_steps", STEPS, "--block_size", BLOCK_SIZE, "--max_eval_batches", 1]
-    start("dstrain/train.py", *map(str, flags), ranks=stages)
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    train = [line for line in lines if line["kind"] == "train"]
-    return statistics.median(line["step_time_s"] for line in train[WARMUP_STEPS:]), train[-1]["host_memory_gib"]
+    flags += ["--max_steps", STEPS, "--block_size", BLOCK_SIZE]
+    found = run_dstrain(folder, list(map(str, flags)), [], ranks=stages)
+    return statistics.median(found["step_time_s"][WARMUP_STEPS:]), found["host_memory_gib"]
 
 
 def main() -> int:
@@ -73,8 +70,7 @@ def main() -> int:
                 print(micro_batches, rounds[-1], flush=True)
             ratio = statistics.median(r["of_ideal"] for r in rounds)
             found[str(micro_batches)] = {"of_ideal": ratio, "rounds": rounds}
-    result = {"command": ["python", "-m", "benchmarks.pipeline", *sys.argv[1:]], "model": MODEL, "micro_batches": found}
-    result |= environment_facts()
+    result = {"model": MODEL, "micro_batches": found, **environment_facts()}
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({m: round(r["of_ideal"], 3) for m, r in found.items()}))

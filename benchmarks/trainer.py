@@ -54,13 +54,14 @@ def start(script: str, *flags: str, ranks: int = RANKS) -> None:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-def run_dstrain(folder: Path, flags: list[str], extra: list[str]) -> dict[str, Any]:
+def run_dstrain(folder: Path, flags: list[str], extra: list[str], ranks: int = RANKS) -> dict[str, Any]:
     out = folder / "run"
     start(
         "dstrain/train.py",
         *flags,
         *("--output_dir", str(out), "--overwrite_output_dir", "--report_to", "none"),
         *("--max_eval_batches", "1", "--save_steps", "0", *extra),
+        ranks=ranks,
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]

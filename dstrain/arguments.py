@@ -28,6 +28,11 @@ def flag(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something is there that a command must not write over: anything but an empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 @dataclass(frozen=True)
 class ModelArguments:
     model_name_or_path: str | None = flag("pretrained model: a hub name or a folder")
@@ -79,7 +84,7 @@ class RunArguments:
     max_eval_batches: int | None = flag("global batches per evaluation", minimum=1)
     save_steps: int = flag("save at multiples of this step (0: only at the end)", 500, minimum=0)
     save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
-    ignore_full_disk: bool = flag("go on without a checkpoint for which the disk has no room (not the last)", False)
+    ignore_full_disk: bool = flag("go on without a checkpoint that the disk does not take (not the last)", False)
     export: str | None = flag(
         "write the final model as a Hugging Face folder (bare or auto: `export` in the run folder)", bare="auto"
     )

@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """A checkpoint for which the disk has no room; those before it are kept."""
+    """A checkpoint that the disk did not take: full, read-only or broken. Those before it are kept."""
 
 
 class VerifyError(UserError):

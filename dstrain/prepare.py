@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.arguments import Arguments
+from dstrain.arguments import Arguments, is_taken
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
 from dstrain.parallel import Launch
@@ -40,7 +40,7 @@ def read_configuration(args: Arguments) -> Configuration:
         stored = {} if run.overwrite_output_dir else folder.read()
     except UserError as error:
         problems += error.problems
-    if run.export not in (None, "auto") and _is_taken(Path(run.export)):
+    if run.export not in (None, "auto") and is_taken(Path(run.export)):
         problems.append(f"--export {run.export} is there already: name a new or empty folder")
     if not path:
         problems.append("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/zero2.json")
@@ -68,10 +68,6 @@ def read_configuration(args: Arguments) -> Configuration:
     if problems:
         raise UserError(problems)
     return Configuration(folder, resolved, stored)
-
-
-def _is_taken(path: Path) -> bool:
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager

@@ -126,7 +126,8 @@ class Run:
         self.safety.beat("step", state.step)
 
     def save_on_the_way(self, state: Any) -> None:
-        """The same; with --ignore_full_disk a checkpoint for which there is no room is left out, and said."""
+        """The same; with --ignore_full_disk a checkpoint that the disk does not take is left out, and said."""
+        self.safety.before_save(state.step)  # waiting for the one before it is part of the save
         for attempt in (self.checkpoints.wait, lambda: self.save(state)):  # the one before it may fail by now
             try:
                 attempt()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import parity
-from tests.distributed.parity import ADAMW, BF16, MODELS, zero
+from tests.distributed.parity import ADAMW, BF16, MICRO, deep, zero
 from tests.launch import ROOT
 
 PAGE, README = ROOT / "docs" / "parallelism.md", ROOT / "ds_configs" / "README.md"
@@ -27,11 +27,6 @@ BEGIN, END = "<!-- support matrix: python -m tests.parallel_matrix -->", "<!-- e
 # A larger step lets rounding grow past the bound within 20 steps, whatever the engine.
 SGD = parity.SGD | {"optimizer": {"type": "SGD", "params": {"lr": 0.03}}}
 SGD_CLIPPED = SGD | {"gradient_clipping": 0.5}
-MICRO = {"train_micro_batch_size_per_gpu": 2}
-DEPTH: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_layer": 4},
-    "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-}
 MATRIX_MODELS = ("llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "gpt_neox")
 
 
@@ -99,10 +94,6 @@ class Outcome:
         if self.error is None:
             return "refused" if self.text else "**crash**"
         return f"{self.error:.0e}" if self.is_exact else f"**{self.error:.0e}**"
-
-
-def deep(name: str) -> dict[str, Any]:
-    return MODELS[name] | DEPTH.get(name, {"num_hidden_layers": 4})
 
 
 def weights_error(run: Path, reference: Path) -> float:

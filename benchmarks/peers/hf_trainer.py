@@ -128,7 +128,7 @@ def main() -> None:
         }
         Path(args.output).write_text(json.dumps(result))
     dist.barrier()
-    os._exit(0)  # one exit of a hundred ended in `terminate called without an active exception`
+    os._exit(0)  # an exit ended in `terminate called without an active exception` once
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dstrain.arguments import is_taken
 from dstrain.checkpoint.commit import MODEL_FILES
 from dstrain.checkpoint.files import Entry, write_bytes, write_safetensors
 from dstrain.checkpoint.manager import choose_checkpoint
@@ -47,7 +48,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_b
 
     Raises UserError for a damaged checkpoint, one without the model's own files, or a folder that holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise UserError(f"{out} is not an empty folder: choose another place for the export")
     problems = find_problems(checkpoint)
     if problems:

@@ -38,6 +38,12 @@ def thinned(cases: Sequence[Any], *kept: Any) -> list[Any]:
     return [pytest.param(*t, marks=() if case in kept else rest) for case, t in zip(cases, tuples, strict=True)]
 
 
+CLIPPED_AND_ADAMW = thinned(
+    [(optimizer, stage) for optimizer in ("clipped", "adamw") for stage in range(4)],
+    *(("clipped", 0), ("clipped", 2), ("adamw", 1), ("adamw", 3)),
+)
+
+
 def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **more}}
 
@@ -68,6 +74,18 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2}
     | {"moe_intermediate_size": 64, "mlp_only_layers": [], "decoder_sparse_step": 1},
 }
+
+
+_FOUR_LAYERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 4},
+    "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+MICRO = {"train_micro_batch_size_per_gpu": 2}
+
+
+def deep(name: str) -> dict[str, Any]:
+    """A model with four layers."""
+    return MODELS[name] | _FOUR_LAYERS.get(name, {"num_hidden_layers": 4})
 
 
 @dataclass(frozen=True)
