@@ -1,4 +1,5 @@
-"""Every kind of parallelism, for several models and optimizers, against one rank; and every pair of features.
+"""Every kind of parallelism, for several models and optimizers, against one rank; two stages of a dozen more model
+types; and every pair of features.
 
     python -m tests.parallel_matrix              # all; writes docs/parallelism.md and the table in ds_configs/README.md
     python -m tests.parallel_matrix --only pairs
@@ -18,6 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from tests.architectures import tiny_config
 from tests.distributed import parity
 from tests.distributed.parity import ADAMW, BF16, MICRO, deep, zero
 from tests.launch import ROOT
@@ -28,6 +30,9 @@ BEGIN, END = "<!-- support matrix: python -m tests.parallel_matrix -->", "<!-- e
 SGD = parity.SGD | {"optimizer": {"type": "SGD", "params": {"lr": 0.03}}}
 SGD_CLIPPED = SGD | {"gradient_clipping": 0.5}
 MATRIX_MODELS = ("llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "gpt_neox")
+# Of every family that docs/architectures.md cuts in one process: other positions, attention, experts, no attention.
+STAGED_TYPES = ("bloom", "opt", "olmo2", "phi3", "falcon", "gptj", "stablelm", "cohere2", "deepseek_v3", "qwen2_moe",
+                "granitemoehybrid", "mamba2")  # fmt: skip
 
 
 def pp(n: int) -> dict[str, Any]:
@@ -113,11 +118,13 @@ class Comparison:
         self.found = {name: Outcome(**values) for name, values in kept.items()}
         self.references: dict[str, tuple[Path, parity.Run]] = {}
 
-    def reference(self, model: str, config: dict[str, Any], flags: tuple[str, ...]) -> tuple[Path, parity.Run]:
+    def reference(
+        self, model: dict[str, Any], config: dict[str, Any], flags: tuple[str, ...]
+    ) -> tuple[Path, parity.Run]:
         key = json.dumps([model, config, flags])
         if key not in self.references:
             where = self.folder / f"reference{len(self.references)}"
-            self.references[key] = where, parity.run(where, deep(model), config, "--export", *flags)
+            self.references[key] = where, parity.run(where, model, config, "--export", *flags)
         return self.references[key]
 
     def compare(self, name: str, *args: Any) -> Outcome:
@@ -130,14 +137,14 @@ class Comparison:
         return self.found[name]
 
     def outcome(
-        self, model: str, config: dict[str, Any], plain: dict[str, Any], ranks: int,
+        self, model: dict[str, Any], config: dict[str, Any], plain: dict[str, Any], ranks: int,
         flags: tuple[str, ...] = (), plain_flags: tuple[str, ...] = (),
     ) -> Outcome:  # fmt: skip
         low = "bf16" in config or "torch_autocast" in config
         bound = 2e-2 if low else 1e-5
         where = self.folder / "run"
         shutil.rmtree(where, ignore_errors=True)
-        run = parity.start(where, deep(model), config, "--export", *flags, ranks=ranks)
+        run = parity.start(where, model, config, "--export", *flags, ranks=ranks)
         if run.exit_code != 0:
             said = [line for line in run.stderr.splitlines() if line.startswith("dstrain: error: ")]
             print(run.stderr[-1500:] if run.exit_code != 2 else "", file=sys.stderr)
@@ -157,7 +164,18 @@ def matrix(comparison: Comparison) -> dict[str, Outcome]:
             plain = config | MICRO | zero(1)
             for layout, (ranks, more) in LAYOUTS.items():
                 name = f"{layout} | {model} | {optimizer}"
-                found[name] = comparison.compare(name, model, plain | more, plain, ranks)
+                found[name] = comparison.compare(name, deep(model), plain | more, plain, ranks)
+    return found
+
+
+def staged(comparison: Comparison) -> dict[str, Outcome]:
+    """ "PP2 | model type" -> outcome of two stages in two processes, in fp32 with SGD."""
+    plain = SGD | MICRO | zero(1)
+    found = {}
+    for model_type in STAGED_TYPES:
+        tiny = tiny_config(model_type).to_dict() | {"vocab_size": 320, "model_type": model_type}
+        model = tiny | {name: 256 for name in ("max_position_embeddings", "n_positions") if name in tiny}
+        found[f"PP2 | {model_type}"] = comparison.compare(f"PP2 | {model_type}", model, plain | pp(2), plain, 2)
     return found
 
 
@@ -187,7 +205,7 @@ def pairs(comparison: Comparison) -> dict[str, Outcome]:
         plain_flags = tuple(flag for f in both if f.reference for flag in f.flags)
         ranks = max(2, a.ranks * b.ranks)
         name = f"{one} | {two}"
-        found[name] = comparison.compare(name, model, config, plain, ranks, flags, plain_flags)
+        found[name] = comparison.compare(name, deep(model), config, plain, ranks, flags, plain_flags)
     return found
 
 
@@ -223,8 +241,13 @@ def refusals(found: dict[str, Outcome]) -> str:
     return "\n".join(f"- {', '.join(names)}: {text}" for text, names in reasons.items())
 
 
-def page(parity_found: dict[str, Outcome], pairs_found: dict[str, Outcome]) -> str:
-    everything = [*parity_found.values(), *pairs_found.values()]
+def staged_table(found: dict[str, Outcome]) -> str:
+    rows = [f"| {name.split(' | ')[1]} | {outcome.cell} |" for name, outcome in found.items()]
+    return "\n".join(["| model type | PP2 |", "|---|---|", *rows])
+
+
+def page(parts: dict[str, dict[str, Outcome]]) -> str:
+    everything = [outcome for found in parts.values() for outcome in found.values()]
     ran = [outcome for outcome in everything if outcome.error is not None]
     return f"""# Parallelism, measured
 
@@ -236,36 +259,44 @@ norm and exported weights. Bounds: 1e-5 in fp32, 2e-2 with bf16. Tiny models of 
 
 ## Models, layouts, optimizers
 
-{parity_table(parity_found)}
+{parity_table(parts["matrix"])}
+
+## More model types, two stages in two processes
+
+fp32, SGD, clipping off. All types, cut in one process: [architectures.md](architectures.md).
+
+{staged_table(parts["staged"])}
 
 ## Pairs of features
 
 At ZeRO-1 where neither says otherwise, with SGD, clipping off.
 
-{support_table(pairs_found)}
+{support_table(parts["pairs"])}
 
 ## What is refused, and why
 
-{refusals(parity_found | pairs_found)}
+{refusals(parts["matrix"] | parts["staged"] | parts["pairs"])}
 """
+
+
+PARTS = {"matrix": matrix, "staged": staged, "pairs": pairs}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("matrix", "pairs"), help="that part; docs/parallelism.md needs both")
+    parser.add_argument("--only", choices=PARTS, help="that part; docs/parallelism.md needs all")
     parser.add_argument("--work", type=Path, help="JSON file of the results so far")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="parallel_matrix_") as folder:
         comparison = Comparison(Path(folder), args.work)
-        pairs_found = pairs(comparison) if args.only != "matrix" else {}
-        parity_found = matrix(comparison) if args.only != "pairs" else {}
+        parts = {name: part(comparison) for name, part in PARTS.items() if args.only in (None, name)}
     if args.only is None:
-        PAGE.write_text(page(parity_found, pairs_found))
-    if args.only != "matrix":
+        PAGE.write_text(page(parts))
+    if "pairs" in parts:
         text = README.read_text()
         before, rest = text.split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n\n{support_table(pairs_found)}\n\n{END}{rest.split(END)[1]}")
-    outcomes = parity_found | pairs_found
+        README.write_text(f"{before}{BEGIN}\n\n{support_table(parts['pairs'])}\n\n{END}{rest.split(END)[1]}")
+    outcomes = {name: outcome for found in parts.values() for name, outcome in found.items()}
     bad = [name for name, o in outcomes.items() if not o.is_exact and not o.text]
     print(json.dumps({"runs": len(outcomes), "wrong": bad}))
     return int(bool(bad))
