@@ -12,13 +12,13 @@ from typing import Any
 
 # The programs that a case may run, all with the same flags. `dstrain` is the real entry and leaves a run folder; the
 # others write one JSON object with the names of metrics.jsonl.
-PROGRAMS = {
-    "dstrain": "dstrain/train.py",
-    "hf_trainer": "benchmarks/peers/hf_trainer.py",
-    "fsdp2": "benchmarks/peers/fsdp2.py",
-    "ddp": "benchmarks/peers/torch_loop.py",
-    "plain": "benchmarks/peers/torch_loop.py",
-    "loader": "benchmarks/loader.py",
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "dstrain": ("dstrain/train.py",),
+    "hf_trainer": ("benchmarks/peers/hf_trainer.py",),
+    "fsdp2": ("benchmarks/peers/torch_loop.py", "--wrap", "fsdp2"),
+    "ddp": ("benchmarks/peers/torch_loop.py", "--wrap", "ddp"),
+    "plain": ("benchmarks/peers/torch_loop.py", "--wrap", "none"),
+    "loader": ("benchmarks/loader.py",),
 }
 TITLES = {
     "dstrain": "dstrain",

@@ -79,12 +79,9 @@ def command_of(case: Case, folder: Path, *, profile: bool = False) -> list[str]:
         "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", str(case.processes), *port],
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(case.processes), *port],
     }
-    return [
-        *limit,
-        *launchers[case.launcher],
-        str(ROOT / PROGRAMS[case.program]),
-        *flags_of(case, folder, ds_config, profile),
-    ]
+    script, *own = PROGRAMS[case.program]
+    flags = flags_of(case, folder, ds_config, profile)
+    return [*limit, *launchers[case.launcher], str(ROOT / script), *own, *flags]
 
 
 def flags_of(case: Case, folder: Path, ds_config: Path, profile: bool = False) -> list[str]:
