@@ -69,6 +69,10 @@ class Case:
         assert self.program in PROGRAMS and 0 < self.warmup_steps < self.max_steps
 
     @property
+    def is_traced(self) -> bool:
+        return self.profile and self.program == "dstrain"
+
+    @property
     def digest(self) -> str:
         """Of everything that decides what is measured."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -94,7 +94,7 @@ def todo(cases: Iterable[Case], results: Results) -> Iterator[tuple[Case, bool]]
                     yield case, False
         for case in group:
             entry = results.entry(case)
-            if case.profile and entry["profile"] is None and entry["runs"] and entry["runs"][0]["status"] == "ok":
+            if case.is_traced and entry["profile"] is None and entry["runs"] and entry["runs"][0]["status"] == "ok":
                 yield case, True
 
 

@@ -140,7 +140,7 @@ def _saves(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _split(entry: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of each phase: the shares of the traced steps, of the time of the untraced ones."""
     profile = entry["profile"]
-    if not profile or profile["status"] != "ok" or not row["step_time_s"]:
+    if not profile or "split" not in profile or not row["step_time_s"]:
         return {"split_s": None, "split_note": profile["reason"] if profile else "not traced"}
     traced = profile["split"]
     factor = row["step_time_s"]["median"] / traced["step_time_s"]
@@ -151,7 +151,7 @@ def _split(entry: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
 def _volume(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes that rank zero sends in a step, measured and by theory, and their ratio, by kind of parallelism."""
     profile = entry["profile"]
-    if not profile or profile["status"] != "ok":
+    if not profile or "sent_bytes" not in profile:
         return {"sent_bytes": None, "theory_bytes": None, "volume_ratio": None}
     sent, theory = profile["sent_bytes"], profile["theory_bytes"]
     ratio = {kind: sent[kind] / theory[kind] for kind in theory if kind in sent}

@@ -48,6 +48,7 @@ def quick() -> Suite:
         (
             Case("tiny zero2", ds_config=TINY_JSON, turn="tiny", **common),
             Case("tiny ddp", ds_config=TINY_JSON, program="ddp", turn="tiny", baseline="tiny zero2", **common),
+            Case("tiny zero3", ds_config="zero3.json", **{**common, "profile": False}),
             Case("tiny pp2", ds_config="pp2_zero1.json", **common),
             Case("tiny refused", ds_config="zero2.json", overrides=("zero_optimization.stage=7",), **common),
         ),
@@ -65,6 +66,7 @@ def cpu() -> Suite:
                 model=model,
                 ds_config=f"{way}.json",
                 overrides=NVME if way.endswith("nvme") else (),
+                max_steps=7,
             )
             for size, model in (("vocab512", LLAMA_10M), ("vocab32000", LLAMA_10M_32K))
             for way in WAYS
@@ -83,6 +85,7 @@ def scaling() -> Suite:
                 model=LLAMA_10M,
                 ds_config=deepspeed_json(2, batch=batch_of(n), micro=4),
                 processes=n,
+                max_steps=7,
                 turn=kind,
                 rounds=3,
                 series=kind,
@@ -98,7 +101,14 @@ def pipeline() -> Suite:
     cases, stages = [], 2
     for m in (4, 8, 16):
         config = deepspeed_json(1, batch=4 * m, micro=4, precision="fp32")
-        common: dict[str, Any] = {"model": DEEP, "turn": f"micro-batches {m}", "rounds": 3, "profile": False}
+        common: dict[str, Any] = {
+            "model": DEEP,
+            "max_steps": 6,
+            "warmup_steps": 2,
+            "turn": f"micro-batches {m}",
+            "rounds": 2,
+            "profile": False,
+        }
         cases += [
             Case(f"one rank, {m} micro-batches", ds_config=config, processes=1, **common),
             Case(
@@ -116,26 +126,28 @@ def pipeline() -> Suite:
 def peers() -> Suite:
     """Other trainers on the same model, samples, initial weights, global batch and precision, in turns."""
     cases = []
-    settings = (
-        ("bf16 zero2", 2, "bf16", 2, ("hf_trainer", "fsdp2", "ddp")),
-        ("fp32 zero0", 0, "fp32", 2, ("ddp",)),
-        ("fp32 one rank", 0, "fp32", 1, ("plain",)),
+    both, small = (("vocab512", LLAMA_10M), ("vocab32000", LLAMA_10M_32K)), (("vocab512", LLAMA_10M),)
+    settings: tuple[tuple[str, int, int, int, tuple, tuple[str, ...]], ...] = (
+        ("bf16", 2, 2, 8, both, ("hf_trainer", "fsdp2", "ddp")),
+        ("fp32", 0, 2, 2, both, ("ddp",)),
+        ("fp32", 0, 1, 2, small, ("plain",)),
     )
-    for size, model in (("vocab512", LLAMA_10M), ("vocab32000", LLAMA_10M_32K)):
-        for way, stage, precision, processes, others in settings:
-            config = deepspeed_json(stage, batch=8 * processes, micro=8, precision=precision)
-            ours = f"{size} {way} dstrain"
+    for precision, stage, processes, micro, models, others in settings:
+        for size, model in models:
+            turn = f"{size} {precision} zero{stage}, {processes} rank{'s' if processes > 1 else ''}"
             common: dict[str, Any] = {
                 "model": model,
-                "ds_config": config,
+                "ds_config": deepspeed_json(stage, batch=micro * processes, micro=micro, precision=precision),
                 "processes": processes,
                 "block_size": 512,
-                "turn": f"{size} {way}",
+                "max_steps": 7,
+                "turn": turn,
                 "rounds": 3,
                 "profile": False,
             }
+            ours = f"{turn}: dstrain"
             cases.append(Case(ours, **common))
-            cases += [Case(f"{size} {way} {peer}", program=peer, baseline=ours, **common) for peer in others]
+            cases += [Case(f"{turn}: {peer}", program=peer, baseline=ours, **common) for peer in others]
     return Suite(
         "peers", "other trainers on the same model, tokens, global batch and precision, in turns", tuple(cases)
     )

@@ -81,11 +81,11 @@ def test_scaling_has_its_knee(write):
 def test_a_peer_whose_losses_differ_is_no_peer(write):
     path = write("peers")
     contents = json.loads(path.read_text())
-    entry = contents["cases"]["vocab512 bf16 zero2 fsdp2"]
+    entry = contents["cases"]["vocab512 bf16 zero2, 2 ranks: fsdp2"]
     entry["runs"][-1]["losses"][3] *= 1.05
     path.write_text(json.dumps(contents))
     pairs = {pair["name"]: pair for pair in build_report([path])["comparisons"]}
-    other, same = pairs["vocab512 bf16 zero2 fsdp2"], pairs["vocab512 bf16 zero2 ddp"]
+    other, same = pairs["vocab512 bf16 zero2, 2 ranks: fsdp2"], pairs["vocab512 bf16 zero2, 2 ranks: ddp"]
     assert other["agree"] is False and other["speed"] is None and "losses differ by 0.05" in other["reason"]
     assert same["agree"] is True and same["speed"]["median"] == pytest.approx(1.0)
 
