@@ -15,6 +15,7 @@ from benchmarks.analysis import (
     ratio_in_turns,
     worst,
 )
+from benchmarks.cases import TITLES
 
 # How far two programs' losses may be apart, relative, for one to be a peer of the other: CONTRIBUTING.md's parity.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -56,6 +57,18 @@ def build_comparisons(contents: Mapping[str, Any], rows: Sequence[Mapping[str, A
                 ]
                 found[-1]["of_ideal"] = asdict(Spread.of([x / entry["case"]["ideal"] for x in times]))
     return found
+
+
+def from_dstrain(pair: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A comparison as a reader asks for it: name, against, speed, memory. A peer is told the other way round: what
+    dstrain, its baseline, does in units of the peer."""
+    program = next(row["program"] for row in rows if row["name"] == pair["name"])
+    told = {"name": pair["name"], "against": pair["baseline"], "speed": pair["speed"], "memory": pair["memory"]}
+    if program == TITLES["dstrain"] or not pair["speed"]:
+        return told
+    low, middle, high = (1 / pair["speed"][part] for part in ("high", "median", "low"))
+    told |= {"name": pair["baseline"], "against": pair["name"]}
+    return told | {"speed": {"median": middle, "low": low, "high": high}, "memory": 1 / pair["memory"]}
 
 
 def loss_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.comparisons import from_dstrain
 from dstrain.monitor.charts import COLORS, Chart
+from dstrain.monitor.progress import format_count
 
 SPLIT_COLORS = {
     "data": "#e0762a",
@@ -32,12 +34,12 @@ def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
     single = [row for row in trained if not row["series"]]
     split = [row for row in trained if row["split_s"]]
     predicted = [row for row in trained if (row["predictions"] or {}).get("memory")]
-    peers = [pair for pair in report["comparisons"] if pair["speed"]]
+    pairs = [from_dstrain(pair, report["rows"]) for pair in report["comparisons"] if pair["speed"]]
     drawers: tuple[tuple[str, Any, Callable[[Any], str], bool], ...] = (
         ("Throughput", single, throughput, True),
         ("Where a step's time goes", split, time_split, True),
         ("Memory by part", single, memory, True),
-        ("Against the baseline of its turn", peers, ratios, True),
+        ("Against peers and baselines", pairs, ratios, True),
         ("Speed against memory", (single, report["pareto"]) if len(single) > 2 else (), speed_against_memory, False),
         ("Predicted against measured memory", predicted, predicted_memory, False),
         ("Scaling", report["scaling"], scaling, False),
@@ -187,12 +189,12 @@ def sequences(curves: Rows) -> str:
 
 
 def ratios(pairs: Rows) -> str:
-    chart = bars(len(pairs), "tokens per second in units of the baseline's (whiskers: range over rounds)")
+    chart = bars(len(pairs), "tokens per second in units of the other's (whiskers: range over rounds)")
     spreads = [pair["speed"] for pair in pairs]
     style: Any = {"color": COLORS["blue"], "height": 0.62, "ecolor": "#4b5565", "error_kw": {"linewidth": 1}}
     chart.axes.barh(range(len(pairs)), [s["median"] for s in spreads], xerr=whiskers(spreads), **style)
     chart.axes.axvline(1.0, color="#1d2430", linewidth=0.9)
-    names(chart, [pair["name"] for pair in pairs])
+    names(chart, [f"{pair['name']}  /  {pair['against'].rpartition(': ')[2]}" for pair in pairs])
     return chart.uri()
 
 
@@ -200,15 +202,19 @@ def speed_against_memory(what: tuple[Rows, Sequence[str]]) -> str:
     from matplotlib.ticker import EngFormatter
 
     rows, best = what
-    chart = square("peak host memory of the largest rank, GiB", "tokens per second")
+    chart = square("peak host memory of the largest rank, GiB (named: the Pareto front)", "tokens per second")
     groups = list(dict.fromkeys((row["num_parameters"], row["block_size"]) for row in rows))
     for group, color in zip(groups[:4], ("blue", "orange", "green", "grey"), strict=False):
         points = [row for row in rows if (row["num_parameters"], row["block_size"]) == group]
         at = [(row["host_memory_gib"]["median"], row["tokens_per_second"]["median"], row["name"]) for row in points]
-        label = f"{group[0] / 1e6:,.0f} M, blocks of {group[1]:,}"
+        label = f"{format_count(group[0])} parameters, blocks of {group[1]:,}"
         chart.axes.plot([x for x, *_ in at], [y for _, y, _ in at], "o", color=COLORS[color], markersize=4, label=label)
-        front = sorted((x, y) for x, y, name in at if name in best)
-        chart.axes.step([x for x, _ in front], [y for _, y in front], where="post", color=COLORS[color], linewidth=0.9)
+        front = sorted(point for point in at if point[2] in best)
+        xs, ys = [x for x, *_ in front], [y for _, y, _ in front]
+        chart.axes.step(xs, ys, where="post", color=COLORS[color], linewidth=0.9)
+        for x, y, name in front:
+            options: Any = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7.5, "color": "#4b5565"}
+            chart.axes.annotate(name, (x, y), **options)
     chart.axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     return chart.uri(from_zero=True)
 

@@ -57,7 +57,8 @@ def run_case(case: Case, folder: Path, *, profile: bool = False) -> dict[str, An
     command = command_of(case, folder, profile=profile)
     ended = start(command, folder, case.timeout_s)
     status, reason = how_it_ended(ended, folder / "run")
-    record = {"status": status, "reason": reason, "seconds": round(ended.seconds, 3), "command": shown(command)}
+    reason, *words = [shown(text, folder) for text in (reason, *command)]
+    record = {"status": status, "reason": reason, "seconds": round(ended.seconds, 3), "command": words}
     if status != OK:
         return record
     if case.program != "dstrain":
@@ -221,6 +222,8 @@ def allocated_gib(folder: Path) -> float:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file()) / 2**30
 
 
-def shown(command: Sequence[str]) -> list[str]:
-    """A command as somebody else can type it: without this machine's paths."""
-    return [word.replace(f"{ROOT}/", "").replace(f"{BIN}/", "") for word in command]
+def shown(text: str, folder: Path) -> str:
+    """As somebody else can read and type it: without this machine's paths."""
+    for path, name in ((f"{folder}", "FOLDER"), (f"{ROOT}/", ""), (f"{BIN}/", "")):
+        text = text.replace(path, name)
+    return text

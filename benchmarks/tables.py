@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.cases import TITLES
+from benchmarks.comparisons import from_dstrain
 from benchmarks.rows import PHASES
 
 Table = tuple[str, str, list[str], list[list[str]]]  # title, remark, header, rows
@@ -172,18 +172,14 @@ def _volumes(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _pair(pair: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A peer is told the other way round: what dstrain, its baseline, does in units of the peer."""
-    peer = next(row["program"] for row in rows if row["name"] == pair["name"]) != TITLES["dstrain"]
-    name, against = (pair["baseline"], pair["name"]) if peer else (pair["name"], pair["baseline"])
-    if not pair["agree"]:
-        return [name, against, pair["reason"], "-", "-" if pair["agree"] is None else f"{pair['loss_difference']:.1e}"]
-    speed, memory = pair["speed"], pair["memory"]
-    if peer:
-        speed, memory = {"median": 1 / speed["median"], "low": 1 / speed["high"], "high": 1 / speed["low"]}, 1 / memory
-    text = f"{speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})"
+    told = from_dstrain(pair, rows)
+    difference = "-" if pair["loss_difference"] is None else f"{pair['loss_difference']:.1e}"
+    if not told["speed"]:
+        return [told["name"], told["against"], pair["reason"], "-", difference]
+    text = spread(told["speed"], 2)
     if pair["of_ideal"]:
         text += f"; step {pair['of_ideal']['median']:.2f} of ideal"
-    return [name, against, text, f"{memory:.2f}", f"{pair['loss_difference']:.1e}"]
+    return [told["name"], told["against"], text, f"{told['memory']:.2f}", difference]
 
 
 def _scaling(curves: Sequence[Mapping[str, Any]]) -> list[list[str]]:
