@@ -15,6 +15,7 @@ from typing import Any
 PROGRAMS: dict[str, tuple[str, ...]] = {
     "dstrain": ("dstrain/train.py",),
     "hf_trainer": ("benchmarks/peers/hf_trainer.py",),
+    "hf_trainer_liger": ("benchmarks/peers/hf_trainer.py", "--use_liger_kernel"),
     "fsdp2": ("benchmarks/peers/torch_loop.py", "--wrap", "fsdp2"),
     "ddp": ("benchmarks/peers/torch_loop.py", "--wrap", "ddp"),
     "plain": ("benchmarks/peers/torch_loop.py", "--wrap", "none"),
@@ -23,6 +24,7 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
 TITLES = {
     "dstrain": "dstrain",
     "hf_trainer": "Hugging Face Trainer",
+    "hf_trainer_liger": "Hugging Face Trainer with liger",
     "fsdp2": "accelerate, FSDP2",
     "ddp": "torch DDP",
     "plain": "plain torch",

@@ -1,8 +1,9 @@
 """The machine that a session measures on, and what it can do at best: the rate of a matmul, the size of the imports.
 
-    python -m benchmarks.machine OUTPUT.json
+    python -m benchmarks.machine OUTPUT.json [DS_CONFIG.json ...]
 
-One process, so that the runner itself never holds a device or a thread pool.
+Also builds DeepSpeed's ops that the named configurations need. A process of its own, so that the runner never holds a
+device or a thread pool.
 """
 
 import json
@@ -11,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,5 +81,17 @@ def measure() -> dict[str, Any]:
     return {"imports_gib": imports_gib, "matmul_tflops": rates, "threads": torch.get_num_threads()}
 
 
+def build_ops_for(configs: Sequence[str]) -> None:
+    """What these DeepSpeed JSONs need, so that no case pays minutes of compiling."""
+    import torch
+
+    from dstrain.config import load_config
+    from dstrain.launch.ops import build_ops, required_builders
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    build_ops(dict.fromkeys(name for path in configs for name in required_builders(load_config(path), device)))
+
+
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps(measure()) + "\n")
+    build_ops_for(sys.argv[2:])

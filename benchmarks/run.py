@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.machine import gpu_names, machine_facts
 from benchmarks.results_file import Results, todo
-from benchmarks.runner import OK, run_case, start
+from benchmarks.runner import OK, config_of, run_case, start
 from benchmarks.suites import SUITES
 
 
@@ -68,17 +68,19 @@ def measure(cases: list[Case], results: Results, folder: Path, *, max_time: floa
         if max_time is not None and time.monotonic() - begin > max_time:
             break
         if not session:
-            results.begin_session(["python", "-m", "benchmarks.run", *sys.argv[1:]], measure_machine(folder))
+            results.begin_session(["python", "-m", "benchmarks.run", *sys.argv[1:]], measure_machine(cases, folder))
             session = True
         run = run_case(case, folder / "case", profile=profile)
         results.record(case, profile=profile, run=run)
         print(line_of(case, run, profile), flush=True)
 
 
-def measure_machine(folder: Path) -> dict[str, Any]:
-    """What the machine can do now: see `benchmarks.machine`."""
+def measure_machine(cases: list[Case], folder: Path) -> dict[str, Any]:
+    """What the machine can do now (`benchmarks.machine`), with the ops built that these cases need."""
     path = folder / "machine.json"
-    ended = start([sys.executable, "-m", "benchmarks.machine", str(path)], folder, timeout_s=120.0)
+    configs = sorted({str(config_of(case, folder / f"case{i}")) for i, case in enumerate(cases)})
+    command = [sys.executable, "-m", "benchmarks.machine", str(path), *configs]
+    ended = start(command, folder, timeout_s=1800.0)
     if ended.exit_code != 0:
         raise RuntimeError(f"the machine cannot be measured: {ended.stderr[-2000:]}")
     return json.loads(path.read_text())

@@ -71,9 +71,7 @@ def run_case(case: Case, folder: Path, *, profile: bool = False) -> dict[str, An
 def command_of(case: Case, folder: Path, *, profile: bool = False) -> list[str]:
     """The whole command line. Writes the model and the JSON that it names into `folder`."""
     (folder / "model.json").write_text(json.dumps(case.model, indent=1))
-    ds_config = ROOT / "ds_configs" / case.ds_config if isinstance(case.ds_config, str) else folder / "ds.json"
-    if not isinstance(case.ds_config, str):
-        ds_config.write_text(json.dumps(case.ds_config, indent=1))
+    ds_config = config_of(case, folder)
     limit = [] if case.memory_limit_gib is None else ["prlimit", f"--data={int(case.memory_limit_gib * 2**30)}"]
     port = ("--master_port", str(PORT))
     launchers = {
@@ -83,6 +81,16 @@ def command_of(case: Case, folder: Path, *, profile: bool = False) -> list[str]:
     script, *own = PROGRAMS[case.program]
     flags = flags_of(case, folder, ds_config, profile)
     return [*limit, *launchers[case.launcher], str(ROOT / script), *own, *flags]
+
+
+def config_of(case: Case, folder: Path) -> Path:
+    """The file of the case's DeepSpeed JSON, which is written into `folder` where it is not a shipped one."""
+    if isinstance(case.ds_config, str):
+        return ROOT / "ds_configs" / case.ds_config
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ds.json"
+    path.write_text(json.dumps(case.ds_config, indent=1))
+    return path
 
 
 def flags_of(case: Case, folder: Path, ds_config: Path, profile: bool = False) -> list[str]:

@@ -225,18 +225,18 @@ def gpu() -> Suite:
         return Case(name, model, config, block_size=length, **{**common, "profile": False, **more})
 
     long, checkpointing = "1.3B bf16 4k", ("--gradient_checkpointing",)
+    trainer = {"baseline": long, "turn": "1.3B"}
     return Suite(
         "gpu",
         "one device: 125 M to 8 B parameters, precisions, sequence lengths, checkpointing, compile, Trainer",
         (
-            case("125M bf16 2k", LLAMA_125M, 2048, 16, profile=True),
+            case("125M bf16 2k", LLAMA_125M, 2048, 16),
             case("125M fp16 2k", LLAMA_125M, 2048, 16, precision="fp16", baseline="125M bf16 2k"),
             case("350M bf16 2k", LLAMA_350M, 2048, 8),
             case("350M bf16 2k compiled", LLAMA_350M, 2048, 8, flags=("--compile",), baseline="350M bf16 2k"),
             case(long, LLAMA_1_3B, 4096, 4, profile=True, turn="1.3B", rounds=2),
-            case(
-                "1.3B bf16 4k trainer", LLAMA_1_3B, 4096, 4, program="hf_trainer", baseline=long, turn="1.3B", rounds=2
-            ),
+            case("1.3B bf16 4k trainer liger", LLAMA_1_3B, 4096, 4, **trainer, program="hf_trainer_liger", rounds=2),
+            case("1.3B bf16 4k trainer", LLAMA_1_3B, 4096, 4, **trainer, program="hf_trainer"),
             case("1.3B bf16 4k checkpointing", LLAMA_1_3B, 4096, 4, flags=checkpointing, baseline=long),
             case("1.3B bf16 8k checkpointing", LLAMA_1_3B, 8192, 2, flags=checkpointing),
             case("8B bf16 8k zero3 offload", LLAMA_8B, 8192, 1, 3, flags=checkpointing, zero=offload, timeout_s=180.0),

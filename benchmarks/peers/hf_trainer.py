@@ -3,12 +3,11 @@
     torchrun --nproc_per_node 2 benchmarks/peers/hf_trainer.py --deepspeed_config F --config_name M --block_size 256 \
         --max_steps 8 --warmup_steps 3 --output result.json
 
-Reads the very samples that dstrain trains on, in its order, through Trainer's own DataLoader. On a GPU with
-liger-kernel installed, Trainer uses it.
+Reads the very samples that dstrain trains on, in its order, through Trainer's own DataLoader. `--use_liger_kernel` is
+Trainer's own switch; dstrain takes liger's fused loss wherever it is installed.
 """
 
 import os
-from importlib.util import find_spec
 
 import deepspeed  # noqa: F401  (part of what is imported before a model is built, as in dstrain)
 import torch
@@ -70,14 +69,14 @@ def training_arguments(job: Job) -> TrainingArguments:
         report_to="none",
         use_cpu=not on_gpu,
         ddp_backend=None if on_gpu else "gloo",
-        use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None,
+        use_liger_kernel=job.args.use_liger_kernel,
         disable_tqdm=True,
         dataloader_drop_last=True,
     )
 
 
 def main() -> None:
-    job = Job(parse_flags(__doc__), local_device())
+    job = Job(parse_flags(__doc__, ("--use_liger_kernel", {"action": "store_true"})), local_device())
     training = training_arguments(job)
     data = job.data()
     watch = Watch(Clock(job.device))
