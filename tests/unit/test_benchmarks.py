@@ -19,20 +19,20 @@ from benchmarks.runner import (
     Ended,
     allocated_gib,
     command_of,
+    config_of,
     flags_of,
     how_it_ended,
-    start,
 )
 from benchmarks.suites import SUITES
 from benchmarks.theory import Shape, data_bytes, measured_bytes, theory_bytes
 from dstrain.arguments import parse_arguments
 from dstrain.config import RunFacts, load_config, resolve_config
 from dstrain.errors import UserError
-from dstrain.launch.processes import descendants
 from dstrain.monitor.comms import CommsTable
 from dstrain.monitor.metrics import MetricsWriter
 from dstrain.monitor.profiler import split_time
 from tests.benchmark_results import MACHINE, run_of
+from tests.launch import run_command
 
 TINY = llama(64, 2, 4, 128, 512)
 ALL = [(suite, case) for make in SUITES.values() for suite in [make()] for case in suite.cases]
@@ -55,8 +55,8 @@ def test_the_suites_are_these():
 @pytest.mark.parametrize(("suite", "case"), ALL, ids=[f"{suite.name}: {case.name}" for suite, case in ALL])
 def test_flags_and_json_are_accepted(suite, case, tmp_path):
     """As train.py parses and checks them: a case that is to be refused is refused here already."""
-    command_of(case, tmp_path)
-    file = Path("ds_configs") / case.ds_config if isinstance(case.ds_config, str) else tmp_path / "ds.json"
+    file = config_of(case, tmp_path)
+    assert command_of(case, tmp_path)[-1]
     args = parse_arguments(flags_of(dataclasses.replace(case, program="dstrain"), tmp_path, file))
     facts = RunFacts(
         gradient_checkpointing=args.model.gradient_checkpointing,
@@ -140,8 +140,7 @@ def test_nothing_of_a_run_is_left(tmp_path):
         "from dstrain.launch.processes import descendants\n"
         "assert not descendants() and a.exit_code == 0 and b.exit_code is None and b.seconds < 15\n"
     )
-    ended = start([sys.executable, "-c", code], tmp_path, 60.0)  # in a process of its own: it adopts orphans
-    assert ended.exit_code == 0, ended.stderr
+    run_command([sys.executable, "-c", code], timeout_s=60.0).check()  # a process of its own: it adopts orphans
 
 
 def test_nvme_counts_what_is_on_the_disk(tmp_path):
@@ -340,7 +339,3 @@ def test_the_split_of_a_step():
 def test_deepspeed_json_is_what_it_says():
     config = deepspeed_json(3, batch=8, micro=4, precision="fp32", zero={"overlap_comm": True})
     assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True} and "bf16" not in config
-
-
-def test_no_descendant_is_left_by_this_file():
-    assert not descendants()
