@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,11 @@ def resident_gib() -> float:
 
 def import_all() -> float:
     """Import what a training process imports before it builds a model; GiB that the process then holds."""
-    import deepspeed  # noqa: F401
-    import torch  # noqa: F401
-
-    import dstrain.engine
-    import dstrain.models.build  # noqa: F401
-
+    for name in (
+        *("torch", "deepspeed", "transformers.models.llama.modeling_llama"),
+        *("dstrain.prepare", "dstrain.engine", "dstrain.models.build", "dstrain.data.build"),
+    ):
+        import_module(name)
     return resident_gib()
 
 

@@ -80,9 +80,12 @@ def build_report(paths: Sequence[Path], against: Path | None = None) -> dict[str
 
 
 def versions(contents: Mapping[str, Any]) -> dict[str, str]:
-    """Of the last run that says them."""
-    runs = (run for entry in contents["cases"].values() for run in entry["runs"] if "versions" in run)
-    return next(reversed([run["versions"] for run in runs]), {})
+    """Of everything that its runs name; where a version changed in between, the last."""
+    found: dict[str, str] = {}
+    for entry in contents["cases"].values():
+        for run in entry["runs"]:
+            found |= run.get("versions", {})
+    return found
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
