@@ -67,6 +67,7 @@ def cpu() -> Suite:
                 ds_config=f"{way}.json",
                 overrides=NVME if way.endswith("nvme") else (),
                 max_steps=7,
+                profile=size == "vocab512",  # the way decides where time goes and what is sent
             )
             for size, model in (("vocab512", LLAMA_10M), ("vocab32000", LLAMA_10M_32K))
             for way in WAYS
