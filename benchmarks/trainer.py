@@ -74,7 +74,7 @@ def run_dstrain(folder: Path, flags: list[str], extra: list[str], ranks: int = R
 
 def run_trainer(folder: Path, flags: list[str]) -> dict[str, Any]:
     out = folder / "trainer.json"
-    start("benchmarks/peers/hf_trainer.py", *flags, "--output", str(out))
+    start("benchmarks/peers/hf_trainer.py", *flags, "--warmup_steps", "1", "--output", str(out))
     return json.loads(out.read_text())
 
 
@@ -99,7 +99,7 @@ def main() -> None:
         flags += ["--block_size", str(BLOCK_SIZE), "--max_steps", str(args.max_steps)]
         for i in range(args.rounds):
             ours, theirs = run_dstrain(folder, flags, args.dstrain_flags.split()), run_trainer(folder, flags)
-            imports = theirs["import_memory_gib"]
+            imports = theirs["imports_gib"]
             rounds.append(
                 {
                     "speed_ratio": median_step_s(theirs) / median_step_s(ours),

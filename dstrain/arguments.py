@@ -98,7 +98,7 @@ class RunArguments:
         0,
         minimum=0,
     )
-    profile: bool = flag("write a torch trace of a few steps into the run folder", False)
+    profile: bool = flag("write a torch trace of a few steps, and where their time went, into the run folder", False)
     report_to: list[str] = flag(
         "report.html (default) or none; trackers are blocks of the DeepSpeed JSON",
         ["report"],

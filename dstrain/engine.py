@@ -21,6 +21,7 @@ from dstrain.models.experts import gather_expert_blocks_whole
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 from dstrain.models.sequence import WholeSequences, build_sequence_parallel
 from dstrain.models.tensor import gradient_norm
+from dstrain.phases import phase
 
 Batch = dict[str, torch.Tensor]
 
@@ -100,8 +101,10 @@ class ZeroEngine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         grad_norm, skipped = None, False
         for i, batch in enumerate(batches):
-            loss, _ = token_loss(engine, self.head, self.sequence.part(batch))
-            engine.backward(loss * scale.to(loss.dtype))
+            with phase("forward"):
+                loss, _ = token_loss(engine, self.head, self.sequence.part(batch))
+            with phase("backward"):
+                engine.backward(loss * scale.to(loss.dtype))
             loss_sum += loss.detach()
             if i == len(batches) - 1 and self.resolved.zero_stage == 0:
                 grad_norm = self._plain_grad_norm()
@@ -109,7 +112,8 @@ class ZeroEngine:
             if skipped:
                 self._leave_out_step()
             else:
-                engine.step()
+                with phase("optimizer"):
+                    engine.step()
         rank_loss, loss_sum = loss_sum, _sum(loss_sum.clone(), copies=dims.tp_size)
         if grad_norm is None:
             grad_norm = engine.get_global_grad_norm()

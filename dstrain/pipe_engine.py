@@ -3,17 +3,20 @@
 Every rank of a pipeline gets the same micro-batches from its loader, so only hidden states travel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import repeat
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep
 from torch import nn
 
 from dstrain.config import ResolvedConfig
 from dstrain.engine import Batch, StepResult, count_tokens, to_device
 from dstrain.models.pipeline_module import PipeStage
+from dstrain.phases import phase
 
 
 class PipeEngine:
@@ -24,6 +27,8 @@ class PipeEngine:
         self.stage = stage
         self.resolved = resolved
         self.device = engine.device
+        # The engine looks its instructions up here: its own table stays as it is.
+        engine._INSTRUCTION_MAP = {kind: _marked(kind, run) for kind, run in engine._INSTRUCTION_MAP.items()}
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, stage.check_head())
         self.plain_loss_reason: str | None = found[-1]  # the last rank has a last stage
@@ -94,6 +99,20 @@ class PipeEngine:
         squared = norm.double().square().reshape(1)
         (total,) = self._sum(squared) / self.resolved.parallel.dp_size
         self._plain_norm = total.sqrt()
+
+
+_PHASE_OF = {ForwardPass: "forward", BackwardPass: "backward", OptimizerStep: "optimizer"}
+
+
+def _marked(kind: type, run: Callable[..., None]) -> Callable[..., None]:
+    """An instruction of the schedule inside its phase; what is not computing waits for other stages or ranks."""
+
+    @wraps(run)
+    def marked(engine: Any, **arguments: Any) -> None:
+        with phase(_PHASE_OF.get(kind, "communication")):
+            run(engine, **arguments)
+
+    return marked
 
 
 def _nothing(device: torch.device) -> Any:

@@ -162,7 +162,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         engine=engine,
         checkpoints=_build_checkpoints(args, folder, engine, tokenizer, identity, total_steps),
         safety=safety,
-        profiler=build_profiler(folder.path / "profile", run.profile and launch.is_main),
+        profiler=build_profiler(folder.path, resolved.deepspeed, trace=run.profile, is_main=launch.is_main),
     )
 
 

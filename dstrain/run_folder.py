@@ -14,7 +14,10 @@ from typing import Any
 from dstrain.errors import UserError
 
 VERSIONED = ("dstrain", "torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
-OWN_NAMES = ("run.json", "metrics.jsonl", "checkpoints", "logs", "report.html", "stop", "profile", "export", "lock")
+OWN_NAMES = (
+    *("run.json", "metrics.jsonl", "checkpoints", "logs", "report.html", "stop", "profile", "export", "lock"),
+    "comms.json",
+)
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,21 @@
-"""The peer: Hugging Face Trainer on the same DeepSpeed JSON, model, tokens and global batch.
+"""The peer: Hugging Face Trainer on the same DeepSpeed JSON, model, initial weights, tokens and global batch.
 
     torchrun --nproc_per_node 2 benchmarks/peers/hf_trainer.py --deepspeed_config F --config_name M --block_size 256 \
-        --max_steps 20 --output result.json
+        --max_steps 8 --warmup_steps 3 --output result.json
 
-Reads the very samples that dstrain trains on, in its order, through a plain DataLoader. Writes one JSON object:
-step times in seconds, tokens per step over all ranks, peak and import memory in GiB (largest rank), losses.
+Reads the very samples that dstrain trains on, in its order, through Trainer's own DataLoader. `--use_liger_kernel` is
+Trainer's own switch; dstrain takes liger's fused loss wherever it is installed.
 """
 
-import argparse
-import json
 import os
-import time
-from pathlib import Path
 
+import deepspeed  # noqa: F401  (part of what is imported before a model is built, as in dstrain)
 import torch
-import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dstrain.arguments import DataArguments, ModelArguments
-from dstrain.config import load_config
-from dstrain.data import build_data, build_tokenizer
+from benchmarks.peers.common import SEED, Clock, Job, local_device, parse_flags
 from dstrain.data.loader import Order
-from dstrain.models.build import build_model, load_model_config
-from dstrain.monitor.devices import host_peak_memory_gib
-
-
-def resident_gib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**30
 
 
 class Ordered(Dataset):
@@ -45,89 +32,59 @@ class Ordered(Dataset):
         return {name: torch.as_tensor(row[name].astype("int64")) for name in ("input_ids", "labels")}
 
 
-class Clock(TrainerCallback):
-    def __init__(self):
-        self.times: list[float] = []
+class Watch(TrainerCallback):
+    """Times a step alone: neither the loading before it nor the logging after it, which favours Trainer a little."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
         self.losses: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.clock.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter() - self.start)
+        self.clock.end()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--deepspeed_config", "--config_name", "--output"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--tokenizer_name", default="bytes")
-    parser.add_argument("--config_overrides")
-    parser.add_argument("--block_size", type=int, default=256)
-    parser.add_argument("--max_steps", type=int, default=20)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_flags()
-    import deepspeed  # noqa: F401  (part of the import baseline, as in dstrain)
-
-    baseline = resident_gib()
-    config_json = load_config(args.deepspeed_config)
-    world = int(os.environ["WORLD_SIZE"])
-    micro = config_json["train_micro_batch_size_per_gpu"]
-    accumulation = config_json["train_batch_size"] // (micro * world)
-    training = TrainingArguments(
-        output_dir="/tmp/dstrain_hf_trainer",
-        deepspeed={**config_json, "gradient_accumulation_steps": accumulation},
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        max_steps=args.max_steps,
-        learning_rate=config_json["optimizer"]["params"]["lr"],
-        bf16=bool(config_json.get("bf16", {}).get("enabled")),
-        max_grad_norm=config_json.get("gradient_clipping", 1.0),
+def training_arguments(job: Job) -> TrainingArguments:
+    on_gpu = job.device.type == "cuda"
+    return TrainingArguments(
+        output_dir=f"{job.args.output}.trainer",
+        deepspeed={**job.config, "gradient_accumulation_steps": job.accumulation},
+        per_device_train_batch_size=job.micro_batch,
+        gradient_accumulation_steps=job.accumulation,
+        max_steps=job.args.max_steps,
+        learning_rate=job.adam["lr"],
+        weight_decay=job.adam.get("weight_decay", 0.0),
+        lr_scheduler_type="constant",
+        bf16=job.precision == "bf16",
+        fp16=job.precision == "fp16",
+        max_grad_norm=job.clipping,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu else "gloo",
+        use_liger_kernel=job.args.use_liger_kernel,
         disable_tqdm=True,
         dataloader_drop_last=True,
     )
-    margs = ModelArguments(config_name=args.config_name, config_overrides=args.config_overrides)
-    config = load_model_config(margs)
-    tokenizer = build_tokenizer(args.tokenizer_name)
-    data = build_data(
-        DataArguments(),
-        tokenizer,
-        seed=42,
-        block_size=args.block_size,
-        is_main_per_host=training.process_index == 0,
-        barrier=lambda: dist.barrier() if dist.is_initialized() else None,
-    )
-    model = build_model(margs, config, seed=42, dtype=torch.float32)
-    clock = Clock()
-    samples = Ordered(data.train, 42, config_json["train_batch_size"] * args.max_steps)
-    trainer = Trainer(model=model, args=training, train_dataset=samples, callbacks=[clock])
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(samples)
+
+
+def main() -> None:
+    job = Job(parse_flags(__doc__, ("--use_liger_kernel", {"action": "store_true"})), local_device())
+    training = training_arguments(job)
+    data = job.data()
+    watch = Watch(Clock(job.device))
+    samples = Ordered(data.train, SEED, job.global_batch * job.args.max_steps)
+    trainer = Trainer(model=job.model(torch.float32), args=training, train_dataset=samples, callbacks=[watch])
+    trainer._get_train_sampler = lambda *_: SequentialSampler(samples)
     trainer.train()
-    memory = torch.tensor([host_peak_memory_gib(), baseline])
-    dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-    if training.process_index == 0:
-        tokens = config_json["train_batch_size"] * args.block_size
-        result = {
-            "step_time_s": clock.times,
-            "tokens_per_step": tokens,
-            "host_memory_gib": memory[0].item(),
-            "import_memory_gib": memory[1].item(),
-            "losses": clock.losses,
-        }
-        Path(args.output).write_text(json.dumps(result))
-    dist.barrier()
+    job.finish(watch.clock.times_s, watch.clock.data_s, watch.losses)
     os._exit(0)  # an exit ended in `terminate called without an active exception` once
 
 

@@ -15,6 +15,7 @@ import torch
 
 from dstrain.data.order import Order
 from dstrain.data.packing import IGNORE, Samples
+from dstrain.phases import phase
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -102,7 +103,8 @@ class Loader:
     def __next__(self) -> list[MicroBatch]:
         if self._stop.is_set():
             raise StopIteration
-        kind, value = self._queue.get()
+        with phase("data"):
+            kind, value = self._queue.get()
         if kind == "item":
             return value
         self._stop.set()

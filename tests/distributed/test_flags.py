@@ -20,11 +20,19 @@ def test_compile(one_rank, tmp_path, mode, stage):
     compiled.assert_equals(one_rank(LLAMA, SGD))
 
 
-def test_profile_is_a_trace_of_a_few_steps(one_rank, tmp_path):
-    run(tmp_path, LLAMA, SGD | zero(2), "--profile", ranks=2).assert_equals(one_rank(LLAMA, SGD))
-    (trace,) = (tmp_path / "run" / "profile").glob("*.json*")
-    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
-    assert any(name.startswith("ProfilerStep") for name in names) and "aten::mm" in names
+@pytest.mark.parametrize("config", [zero(2), zero(1) | {"pipeline": {"stages": 2}}])
+def test_profile_is_a_trace_of_a_few_steps(one_rank, tmp_path, config):
+    """With the split of their time, and what the collectives moved; none of it changes a number."""
+    config = SGD | config | {"comms_logger": {"enabled": True, "prof_all": True}}
+    run(tmp_path, LLAMA, config, "--profile", ranks=2).assert_equals(one_rank(LLAMA, SGD))
+    folder = tmp_path / "run" / "profile"
+    names = {event["name"] for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
+    assert {"forward", "backward", "optimizer", "aten::mm"} <= names
+    split = json.loads((folder / "split.json").read_text())
+    assert sum(split["seconds"].values()) == pytest.approx(split["step_time_s"])
+    assert all(split["seconds"][name] > 0 for name in ("data", "forward", "backward", "optimizer", "communication"))
+    per_step = json.loads((tmp_path / "run" / "comms.json").read_text())["per_step"]
+    assert per_step["send" if "pipeline" in config else "all_reduce"]["bytes"] > 0
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -17,7 +17,7 @@ LEVELS = {
     "errors": 0,
     **dict.fromkeys(["arguments", "parallel"], 1),
     "config": 2,
-    "distributed": 3,
+    **dict.fromkeys(["distributed", "phases"], 3),
     **dict.fromkeys(["models", "data"], 4),
     "engine": 5,
     "monitor": 5.5,  # what the others of this floor write and read
