@@ -5,6 +5,7 @@ import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from dstrain import distributed
@@ -99,7 +100,9 @@ class Foresight:
         if self.prediction is None:
             return None
         used = measured["peak_above_imports_gib" if on_cpu else "peak_device_memory_gib"]
-        said = self.prediction["device_gib"]["total"]
+        parts = self.prediction["device_gib"]
+        # An accelerator's own figure is what its tensors take.
+        said = parts["total"] - (0.0 if on_cpu else parts["allocator"] + parts["runtime"])
         text = f"predicted and measured: {said:.2f} and {used:.2f} GiB a device ({said / used - 1:+.0%})"
         seconds, took = self.prediction["step_time_s"], measured["step_time_s"]
         if seconds and took:
@@ -136,12 +139,21 @@ def problems_of(found: dict[str, Any], name: str, ranks: int, host: Limit, own: 
 
 def foresee(args: Arguments, config: Any, resolved: ResolvedConfig, block_size: int) -> Foresight:
     """Begin to predict, on rank 0, in a process of its own. Before anything touches an accelerator."""
-    model_class_of(config)  # what building the model imports is the libraries', not the model's
+    # What building the model and its engine imports is the libraries', not the model's: it is counted as such.
+    model_class_of(config)
+    if resolved.zero_stage:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # and with it torch._dynamo: 45 MiB more
     launch = Launch.from_environment()
     if not launch.is_main:
         return Foresight(forecast.Forecast())
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launch.world_size)
-    return Foresight(forecast.start(lambda: predict_run(args, config, resolved, block_size, ranks)))
+    billions = rough_billions(config.get_text_config())
+    return Foresight(forecast.start(lambda: predict_run(args, config, resolved, block_size, ranks), billions))
+
+
+def rough_billions(config: Any) -> float:
+    """Parameters of a dense decoder of this width and depth, in billions: how patient to be."""
+    return (12 * config.num_hidden_layers * config.hidden_size + 2 * config.vocab_size) * config.hidden_size / 1e9
 
 
 def predict_run(

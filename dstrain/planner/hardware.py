@@ -15,7 +15,7 @@ class Device:
 
     memory_gib: usable, of the data sheet's. tflops: dense peak by dtype. bandwidth: of its memory, bytes/s. link: to
     devices of the same host, network: of one device to other hosts, bytes/s, one direction. host_link: to the host's
-    memory. operator_s: what starting one operator costs.
+    memory; host_bandwidth: of the host's memory, which its devices share. operator_s: what starting one operator costs.
     matmul, streaming: the shares of peak and bandwidth that real kernels of a transformer reach.
     """
 
@@ -27,6 +27,7 @@ class Device:
     link: float
     network: float
     host_link: float
+    host_bandwidth: float
     operator_s: float
     matmul: float
     streaming: float
@@ -41,10 +42,10 @@ class Device:
 # Sources: NVIDIA data sheets of H100 (SXM), H200, A100, L40S: dense tensor peak, memory size and bandwidth, NVLink (one
 # direction is half of the total), PCIe. network: one 400 Gb/s (A100: 200) port a device, as in DGX systems; L40S: 100
 # Gb/s shared by two. memory_gib: what torch.cuda reports, less than the name says. Assumed, not measured here: matmul,
-# streaming, operator_s (starting a kernel from eager PyTorch), host_gib_per_device.
+# streaming, operator_s (starting a kernel from eager PyTorch), host_bandwidth, host_gib_per_device.
 _TFLOPS_HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp32": 67.0}
 _TFLOPS_AMPERE = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
-_COMMON: dict[str, Any] = {"kind": "cuda", "operator_s": 6e-6, "matmul": 0.7, "streaming": 0.8}
+_COMMON: dict[str, Any] = {"kind": "cuda", "host_bandwidth": 200e9, "operator_s": 6e-6, "matmul": 0.7, "streaming": 0.8}
 DEVICES = {
     device.name: device
     for device in (
@@ -110,6 +111,7 @@ def cpu_with(peaks: dict[str, float], seconds: float = 0.05) -> Device:
         link=bandwidth / 4,  # gloo through shared memory: written, read, added and written again
         network=1e9,
         host_link=bandwidth,
+        host_bandwidth=bandwidth,
         operator_s=operator_s,
         matmul=0.8,
         streaming=0.5,

@@ -38,6 +38,7 @@ class ModelShape:
     def __init__(self, config: Any, margs: ModelArguments):
         self.config = config
         self.model = build_skeleton(margs, config, torch.bfloat16)
+        self._parts: dict[tuple[int, int], list[Part]] = {}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -62,6 +63,11 @@ class ModelShape:
 
     def parts(self, pp_size: int = 1, tp_size: int = 1) -> list[Part]:
         """One per pipeline stage. Raises NotAChainError for a model that cannot be cut so."""
+        if (pp_size, tp_size) not in self._parts:
+            self._parts[pp_size, tp_size] = self._cut(pp_size, tp_size)
+        return self._parts[pp_size, tp_size]
+
+    def _cut(self, pp_size: int, tp_size: int) -> list[Part]:
         sizes = self._cut_sizes(tp_size)
         names = [frozenset(sizes)]
         bounds: tuple[int, ...] = (0, self.num_layers)

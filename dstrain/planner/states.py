@@ -166,6 +166,8 @@ def _stage3(case: Case) -> States:
     live = case.zero("stage3_max_live_parameters", MAX_LIVE)
     prefetch = min(case.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET), case.elements)
     gathered = width * float(min(case.elements, case.part.largest + prefetch, live + case.part.largest))
+    if not case.on_cpu:  # gathered on a stream of its own, whose memory no other stream gets
+        gathered = max(gathered, width * float(min(case.elements, live)))
     touched = width * case.bucket(case.elements)
     bucket = 0.0 if case.on_cpu else touched
     copy = width * min(case.elements, case.zero("reduce_bucket_size", REDUCE_BUCKET))
@@ -185,9 +187,13 @@ def _stage3(case: Case) -> States:
         result.base["gradients"] = own
     step = 0.0 if case.resolved.offload_optimizer else 4.0 * min(case.share, SUB_GROUP)
     received = 4.0 * case.bucket(case.elements) / case.ranks
+    # On an accelerator gradients are reduced on another stream while the backward pass goes on: the largest waits, and
+    # what the reduction allocates is that stream's.
+    waiting = 0.0 if case.on_cpu else width * float(case.part.largest)
+    other = 0.0 if case.on_cpu else copy + received
     result.phases = {
-        "forward": {"gathered": gathered, "communication": bucket},
-        "backward": {"gathered": gathered, "communication": bucket},
+        "forward": {"gathered": gathered, "communication": bucket + other},
+        "backward": {"gathered": gathered, "communication": bucket + other, "gradients": waiting},
         "backward_end": {"gathered": gathered, "communication": touched + copy + received},
         "step": {"gradients": step, "communication": bucket},
     }

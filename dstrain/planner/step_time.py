@@ -12,16 +12,19 @@ from dstrain.planner.tracing import Activations
 @dataclass(frozen=True)
 class Work:
     """What one step asks of the busiest rank. flops of matrix products; traffic in bytes of the other operators of the
-    model; operators: how many are started; optimizer_traffic: bytes that the update reads and writes; host_traffic:
-    bytes to and from the host. sent_inside, sent_outside: bytes that a rank sends, by link. bubble: (m + p - 1) / m."""
+    model; operators: how many are started; update_traffic: bytes that the optimizer reads and writes, on the host where
+    it is offloaded; host_traffic: bytes to and from the host. sent: bytes that a rank sends to its replicas; within: to
+    the ranks that share its samples. bubble: (m + p - 1) / m."""
 
     precision: str
     flops: float
     traffic: float
     operators: float
-    optimizer_traffic: float
+    update_traffic: float
+    update_on_host: bool
     host_traffic: float
     sent: float
+    within: float
     bubble: float
 
     def to_json(self) -> dict:
@@ -46,10 +49,12 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
         traffic=trace.traffic * micro_batches,
         operators=trace.operators * micro_batches,
         # Gradients and masters and two moments read, three of them written, parameters written.
-        optimizer_traffic=share * (7 * 4.0 + width),
-        host_traffic=2 * width * share if resolved.offload_optimizer else 0.0,
-        sent=_sent(resolved, part.elements * width, ranks, micro_batches)
-        + _sent_within(shape, resolved, part.num_layers, block_size, width) * micro_batches,
+        update_traffic=share * (7 * 4.0 + width),
+        update_on_host=bool(resolved.offload_optimizer),
+        host_traffic=(2 * width * share if resolved.offload_optimizer else 0.0)
+        + (2 * width * share * micro_batches if resolved.offload_param else 0.0),
+        sent=_sent(resolved, part.elements * width, ranks, micro_batches),
+        within=_sent_within(shape, resolved, part.num_layers, block_size, width) * micro_batches,
         bubble=(micro_batches + dims.pp_size - 1) / micro_batches,
     )
 
@@ -79,12 +84,15 @@ def _sent_within(shape: ModelShape, resolved: ResolvedConfig, num_layers: int, b
     return sent
 
 
-def seconds_of(work: Work, device: Device) -> float:
-    """Seconds of a step on such devices."""
+def seconds_of(work: Work, device: Device, hosts: int = 1, devices_per_host: int = 1) -> float:
+    """Seconds of a step on such devices. Nothing is taken to overlap but a GPU's work and the start of its kernels."""
     compute = work.flops / device.flops(work.precision)
     compute += work.traffic / (device.bandwidth * device.streaming)
     # A GPU works while the next operators are started; a CPU does one thing after the other.
     launches = work.operators * device.operator_s
     compute = compute + launches if device.kind == "cpu" else max(compute, launches)
-    update = work.optimizer_traffic / (device.bandwidth * device.streaming)
-    return compute * work.bubble + update + work.host_traffic / device.host_link + work.sent / device.link
+    rate = device.bandwidth * device.streaming
+    if work.update_on_host and device.kind != "cpu":
+        rate = device.host_bandwidth / devices_per_host
+    travel = work.sent / (device.link if hosts == 1 else device.network) + work.within / device.link
+    return compute * work.bubble + work.update_traffic / rate + work.host_traffic / device.host_link + travel

@@ -122,7 +122,8 @@ class Planner:
         self._traces: dict[Setting, Activations] = {}
 
     def trace(self, setting: Setting) -> Activations:
-        """By the number of tokens from two traces: all that a micro-batch keeps grows with it by a straight line."""
+        """By the number of tokens from two traces: all that a micro-batch keeps grows with it by a straight line.
+        Attention's work grows with the block and is divided with its heads, so a part of a sequence counts alike."""
         one, two = (self._trace(replace(setting, micro_batch=n, seq_len=self.flags.block_size)) for n in (1, 2))
         tokens = setting.micro_batch * setting.seq_len / self.flags.block_size
         by_token = Activations(two.outside + one.outside * -1.0, two.layer + one.layer * -1.0)
@@ -151,7 +152,8 @@ class Planner:
         """(needs, seconds of a step, tokens per second)"""
         needs = predict_memory(self.shape, self.trace, resolved, flags, self.platform, self.cluster.devices_per_host)
         activations = self.trace(setting_of(resolved, flags, self.platform.on_cpu))
-        seconds = seconds_of(work_of(self.shape, activations, resolved, flags.block_size), self.cluster.device)
+        work = work_of(self.shape, activations, resolved, flags.block_size)
+        seconds = seconds_of(work, self.cluster.device, self.cluster.hosts, self.cluster.devices_per_host)
         return needs, seconds, resolved.global_batch * flags.block_size / seconds
 
     def option(self, choice: Choice, global_batch: int) -> Option:
