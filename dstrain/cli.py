@@ -19,6 +19,8 @@ from dstrain.errors import ExitCode, UserError
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("dstrain.config.commands", "check, explain or migrate a DeepSpeed JSON"),
+    "plan": ("dstrain.planner.cli", "what a model needs on some machine, and which configuration to choose"),
+    "tune": ("dstrain.planner.tune", "try the best plans for a few steps each on this machine, and choose"),
     "verify": ("dstrain.verify", "compare this configuration with plain torch on a shallower model"),
     "launch": ("dstrain.launch.cli", "start a run under a supervisor that restarts it"),
     "postmortem": ("dstrain.resilience.postmortem", "explain in a page why a run ended"),

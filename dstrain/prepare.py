@@ -117,6 +117,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     from dstrain.models.config import load_model_config
     from dstrain.models.sequence import check_sequence_parallel
     from dstrain.monitor.profiler import build_profiler
+    from dstrain.planner.foresight import foresee
     from dstrain.verify import gate
 
     launch, folder, run = Launch.from_environment(), configuration.folder, args.run
@@ -125,6 +126,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     tokenizer, block_size = _build_tokenizer(args, config)
     check_sequence_parallel(config, configuration.resolved.parallel)
     resolved = _with_facts(configuration.resolved, config)
+    foresight = foresee(args, config, resolved, block_size)
     startup.done("model_config")
     _join_process_group(resolved, launch)
     safety.join(os.environ["MASTER_ADDR"])
@@ -140,6 +142,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     if run.verify:
         gate(replace(args, run=replace(run, deepspeed_config=resolved.facts.source)))
         startup.done("verify")
+    foresight.check(distributed.device(), ignore_limit=run.ignore_memory_limit)
+    startup.done("prediction")
     model = _build_model(args, config, resolved, launch.rank)
     startup.done("model")
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
@@ -163,6 +167,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         checkpoints=_build_checkpoints(args, folder, engine, tokenizer, identity, total_steps),
         safety=safety,
         profiler=build_profiler(folder.path, resolved.deepspeed, trace=run.profile, is_main=launch.is_main),
+        foresight=foresight,
     )
 
 
@@ -235,6 +240,7 @@ def _begin(run: Run, quiet: Any) -> None:
     from dstrain import distributed
     from dstrain.checkpoint.manager import TrainState
     from dstrain.monitor.devices import find_peak
+    from dstrain.monitor.logs import screen
     from dstrain.monitor.metrics import truncate_to_step
 
     max_time = run.args.run.max_time
@@ -244,6 +250,8 @@ def _begin(run: Run, quiet: Any) -> None:
     run.state = restored.state if restored else TrainState()
     run.startup.done("checkpoint")
     peak = find_peak(distributed.device(), _compute_dtype(run.resolved))
+    tokens = run.resolved.global_batch * run.block_size
+    run.foresight.expect(distributed.device(), peak.flops_per_second, tokens)
     if run.launch.is_main:
         if flags.overwrite_output_dir:
             run.folder.clear()
@@ -256,6 +264,9 @@ def _begin(run: Run, quiet: Any) -> None:
     if run.launch.is_main:
         truncate_to_step(run.folder.path, run.state.step, open_steps)
     notes = [*_restore_events(restored), *(("notice", notice) for notice in run.resolved.notices)]
+    notes += [("memory_limit", problem) for problem in run.foresight.problems]
+    if run.launch.is_main and (expected := run.foresight.describe()):
+        print(expected, file=screen())
     for name, text in notes:
         run.monitor.event(run.state.step, name, text)
     if reason := run.engine.plain_loss_reason:
@@ -288,6 +299,7 @@ def _run_json(run: Run, peak: Any) -> dict[str, Any]:
         "total_steps": run.total_steps,
         "num_parameters": num_parameters(run.engine.model),
         "attn_implementation": run.engine.model.config._attn_implementation,
+        "prediction": run.foresight.prediction,
         "data": {"source": run.data.source, "sha256": run.data.sha256, **run.data.facts},
         **vars(peak),
         **environment_facts(),
@@ -372,6 +384,7 @@ def _with_facts(resolved: ResolvedConfig, config: Any) -> ResolvedConfig:
 def _build_data(args: Arguments, tokenizer: Any, block_size: int, launch: Launch) -> Any:
     from dstrain import distributed
     from dstrain.data import build_data
+    from dstrain.data.build import check_same_data
 
     data = build_data(
         args.data,
@@ -381,15 +394,5 @@ def _build_data(args: Arguments, tokenizer: Any, block_size: int, launch: Launch
         is_main_per_host=launch.is_main_on_host,
         barrier=distributed.barrier,
     )
-    _check_same_data(distributed.gather_objects((socket.gethostname(), data.samples_sha256)))
+    check_same_data(distributed.gather_objects((socket.gethostname(), data.samples_sha256)))
     return data
-
-
-def _check_same_data(found: list[tuple[str, str]]) -> None:
-    """(host, hash of its samples) of every rank. Raises UserError: each host reads files of its own."""
-    other = next((host for host, sha256 in found if sha256 != found[0][1]), None)
-    if other is not None:
-        raise UserError(
-            f"{found[0][0]} and {other} have different training data: give every host the same files and tokenizer "
-            "(the built-in corpus is Python's own sources: the same Python version)"
-        )

@@ -61,10 +61,12 @@ class Run:
     checkpoints: Any  # CheckpointManager
     safety: Any  # Safety
     profiler: Any
+    foresight: Any  # Foresight
     monitor: Any = None
     state: Any = None  # TrainState
     loader: Any = None  # iterator over the micro-batches of one step
     evaluated_step: int | None = None
+    checkpoint_bytes: int | None = None  # of the last checkpoint, on rank 0
 
     def begin_safety(self) -> None:
         """From here on the run is watched; `logs` has its black box."""
@@ -140,6 +142,7 @@ class Run:
         """A line for each checkpoint that the background has committed meanwhile. Never waits."""
         for stats in self.checkpoints.finished():
             self.monitor.on_save(stats.step, stats.bytes, stats.stall_s, stats.total_s)
+            self.checkpoint_bytes = stats.bytes
 
     def finish_saves(self) -> None:
         """Wait until the last checkpoint is on the disk. A collective."""
@@ -185,11 +188,26 @@ class Run:
                 shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
                 print(f"A sample, continuing {prompt!r}:\n{shown}", file=screen())
 
+    def _compare_with_prediction(self) -> None:
+        """A collective."""
+        from dstrain import distributed
+        from dstrain.monitor.logs import screen
+
+        device = distributed.device()
+        measured = self.foresight.compare(device, self.monitor.train_lines, self.checkpoint_bytes)
+        if self.launch.is_main:
+            self.folder.update(measured=measured)
+            if text := self.foresight.describe_comparison(measured, on_cpu=device.type == "cpu"):
+                print(text, file=screen())
+
     def end(self, exit_code: ExitCode, reason: str) -> None:
         """Write the summary and the report."""
         from dstrain.monitor.logs import screen
+        from dstrain.monitor.monitor import AGREED_ENDS
         from dstrain.monitor.report import write_report
 
+        if exit_code in AGREED_ENDS:
+            self._compare_with_prediction()
         self.monitor.close(exit_code, reason)
         if self.launch.is_main and "report" in self.args.run.report_to:
             try:

@@ -233,3 +233,13 @@ def _facts(store: TokenStore, train: Samples, validation: Samples | None, split:
         "num_validation_samples": len(validation) if validation is not None else 0,
         "num_validation_tokens": validation.num_tokens if validation is not None else 0,
     }
+
+
+def check_same_data(found: list[tuple[str, str]]) -> None:
+    """(host, hash of its samples) of every rank. Raises UserError: each host reads files of its own."""
+    other = next((host for host, sha256 in found if sha256 != found[0][1]), None)
+    if other is not None:
+        raise UserError(
+            f"{found[0][0]} and {other} have different training data: give every host the same files and tokenizer "
+            "(the built-in corpus is Python's own sources: the same Python version)"
+        )

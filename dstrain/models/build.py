@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from dstrain.arguments import ModelArguments
 from dstrain.errors import UserError
@@ -16,6 +22,11 @@ from dstrain.models.tiling import tile_mlps
 from dstrain.models.units import Unit, parameters_on_meta
 
 __all__ = ["build_model", "check_block_size", "check_vocabulary", "load_model_config"]
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that builds a causal LM of this configuration, imported; None for one with code of its own."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def build_skeleton(margs: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,11 +2,11 @@
 
 import pytest
 
+from dstrain.data.build import check_same_data
 from dstrain.errors import UserError
-from dstrain.prepare import _check_same_data
 
 
 def test_hosts_with_different_data_are_named():
-    _check_same_data([("a", "1"), ("a", "1"), ("b", "1")])
+    check_same_data([("a", "1"), ("a", "1"), ("b", "1")])
     with pytest.raises(UserError, match="a and b have different training data: give every host the same"):
-        _check_same_data([("a", "1"), ("a", "1"), ("b", "2")])
+        check_same_data([("a", "1"), ("a", "1"), ("b", "2")])

@@ -1,0 +1,147 @@
+"""Named devices and links, and what of them a training step gets."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dstrain.errors import UserError
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device and its links.
+
+    memory_gib: usable, of the data sheet's. tflops: dense peak by dtype. bandwidth: of its memory, bytes/s. link: to
+    devices of the same host, network: of one device to other hosts, bytes/s, one direction. host_link: to the host's
+    memory; host_bandwidth: of the host's memory, which its devices share. operator_s: what starting one operator costs.
+    matmul, streaming: the shares of peak and bandwidth that real kernels of a transformer reach.
+    """
+
+    name: str
+    kind: str  # "cuda" or "cpu"
+    memory_gib: float
+    tflops: dict[str, float]
+    bandwidth: float
+    link: float
+    network: float
+    host_link: float
+    host_bandwidth: float
+    operator_s: float
+    matmul: float
+    streaming: float
+    host_gib_per_device: float
+    source: str
+
+    def flops(self, precision: str) -> float:
+        """FLOP/s that products of matrices reach."""
+        return self.tflops[precision] * 1e12 * self.matmul
+
+
+# Sources: NVIDIA data sheets of H100 (SXM), H200, A100, L40S: dense tensor peak, memory size and bandwidth, NVLink (one
+# direction is half of the total), PCIe. network: one 400 Gb/s (A100: 200) port a device, as in DGX systems; L40S: 100
+# Gb/s shared by two. memory_gib: what torch.cuda reports, less than the name says. Assumed, not measured here: matmul,
+# streaming, operator_s (starting a kernel from eager PyTorch), host_bandwidth, host_gib_per_device.
+_TFLOPS_HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp32": 67.0}
+_TFLOPS_AMPERE = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
+_COMMON: dict[str, Any] = {"kind": "cuda", "host_bandwidth": 200e9, "operator_s": 6e-6, "matmul": 0.7, "streaming": 0.8}
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100-80g", memory_gib=79.1, tflops=_TFLOPS_HOPPER, bandwidth=3.35e12, link=450e9, network=50e9,
+               host_link=55e9, host_gib_per_device=256, source="NVIDIA H100 SXM data sheet", **_COMMON),
+        Device("h200", memory_gib=139.8, tflops=_TFLOPS_HOPPER, bandwidth=4.8e12, link=450e9, network=50e9,
+               host_link=55e9, host_gib_per_device=256, source="NVIDIA H200 SXM data sheet", **_COMMON),
+        Device("a100-80g", memory_gib=79.2, tflops=_TFLOPS_AMPERE, bandwidth=2.04e12, link=300e9, network=25e9,
+               host_link=25e9, host_gib_per_device=128, source="NVIDIA A100 80GB SXM data sheet", **_COMMON),
+        Device("a100-40g", memory_gib=39.4, tflops=_TFLOPS_AMPERE, bandwidth=1.56e12, link=300e9, network=25e9,
+               host_link=25e9, host_gib_per_device=128, source="NVIDIA A100 40GB SXM data sheet", **_COMMON),
+        Device("l40s", memory_gib=44.4, tflops={"bf16": 362.0, "fp16": 362.0, "fp32": 91.6}, bandwidth=0.864e12,
+               link=25e9, network=6e9, host_link=25e9, host_gib_per_device=128, source="NVIDIA L40S data sheet",
+               **_COMMON),
+    )
+}  # fmt: skip
+
+# Of the copy that measures a CPU: the size of a step's tensors.
+_COPY_BYTES = 8 << 20
+
+
+def find_device(name: str) -> Device:
+    """A named device; `cpu` is this machine, measured now (0.4 s). Raises UserError."""
+    if name == "cpu":
+        return measure_cpu()
+    if name not in DEVICES:
+        raise UserError(f"--device {name} is unknown: write one of cpu, {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def measure_cpu(seconds: float = 0.12) -> Device:
+    """This machine's rates with this process's threads: matmuls, copies, and the cost of an operator."""
+    import torch
+
+    from dstrain.monitor.devices import measure_matmul_peak
+
+    with torch.no_grad():
+        peaks = {
+            name: measure_matmul_peak(torch.device("cpu"), dtype, seconds).peak_tflops
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        }
+    return cpu_with({**peaks, "fp16": peaks["fp32"]}, seconds)
+
+
+def cpu_with(peaks: dict[str, float], seconds: float = 0.05) -> Device:
+    """This machine, its matmul rates known."""
+    import torch
+
+    from dstrain.planner.limits import host_limit
+
+    with torch.no_grad():
+        source = torch.zeros(_COPY_BYTES // 4)
+        target = torch.zeros_like(source)
+        bandwidth = 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), seconds)
+        small = torch.zeros(16)
+        operator_s = _fastest(lambda: small.add(1.0), 0.01)
+    return Device(
+        name="cpu",
+        kind="cpu",
+        memory_gib=host_limit().gib,
+        tflops=peaks,
+        bandwidth=bandwidth,
+        link=bandwidth / 4,  # gloo through shared memory: written, read, added and written again
+        network=1e9,
+        host_link=bandwidth,
+        host_bandwidth=bandwidth,
+        operator_s=operator_s,
+        matmul=0.8,
+        streaming=0.5,
+        host_gib_per_device=host_limit().gib,
+        source=f"measured on this machine, {torch.get_num_threads()} thread(s)",
+    )
+
+
+def _fastest(call: Any, seconds: float) -> float:
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def device_here(device: Any, precision: str, flops_per_second: float) -> Device | None:
+    """The device (torch.device) of this process; None for an accelerator that the table lacks.
+
+    flops_per_second: its peak for this precision, as already found.
+    """
+    if device.type == "cpu":
+        return cpu_with({precision: flops_per_second / 1e12})
+    import torch
+
+    name = torch.cuda.get_device_name(device).lower()
+    memory = torch.cuda.get_device_properties(device).total_memory / GIB
+    for known in DEVICES.values():
+        if known.name.split("-")[0] in name and abs(known.memory_gib / memory - 1) < 0.2:
+            return known
+    return None

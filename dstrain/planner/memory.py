@@ -1,0 +1,183 @@
+"""What a run will need, part by part, before it starts: per device, per host, pinned, on NVMe and in a checkpoint.
+
+    needs = predict_memory(shape, trace, resolved, ...)
+    needs.device["total"]; needs.host["total"]
+
+A pure function of the model's sizes, its traced activations, the resolved configuration and a few facts about the
+machine. The peak of each phase of a step is a sum of parts; the largest phase is the answer, and `parts` are that
+phase's. docs/planner.md says what is counted and what is not.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dstrain.config import ResolvedConfig
+from dstrain.planner.platform_costs import Platform
+from dstrain.planner.shape import ModelShape, Part
+from dstrain.planner.states import Case, States, states_of
+from dstrain.planner.tracing import Activations, Setting, Trace
+
+GIB = 2.0**30
+PARTS = ("parameters", "gathered", "gradients", "optimizer", "activations", "loss", "communication", "checkpoint",
+         "allocator", "runtime")  # fmt: skip
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What train.py's flags and other facts of a run add to its configuration.
+
+    saves_on_the_way: a background checkpoint keeps a copy of masters and moments in host memory. loss: "fused", or
+    "model" for a trainer that takes the model's own loss.
+    """
+
+    block_size: int
+    gradient_checkpointing: bool = False
+    tiled_mlp: bool = False
+    attn_implementation: str | None = None
+    saves_on_the_way: bool = False
+    loss: str = "fused"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """GiB. device: of the fullest device, by part, with "total". host: of the fullest host, likewise. phase: of a step,
+    in which the device is fullest. stage: the pipeline stage that is."""
+
+    device: dict[str, float]
+    host: dict[str, float]
+    pinned_gib: float
+    nvme_gib: float
+    checkpoint_gib: float
+    phase: str
+    stage: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The start of run.json's `prediction`."""
+        values = asdict(self)
+        return {
+            "device_gib": values.pop("device"),
+            "host_gib": values.pop("host"),
+            "pinned_gib": self.pinned_gib,
+            "nvme_gib": self.nvme_gib,
+            "checkpoint_gib": self.checkpoint_gib,
+        }
+
+
+Tracer = Callable[[Setting], Activations]
+
+
+def setting_of(resolved: ResolvedConfig, flags: Flags, on_cpu: bool) -> Setting:
+    """The micro-batch as one rank computes it."""
+    dtype = DTYPES[resolved.precision]
+    compute = getattr(torch, resolved.autocast_dtype) if resolved.autocast_dtype else dtype
+    return Setting(
+        micro_batch=resolved.micro_batch,
+        seq_len=-(-flags.block_size // resolved.parallel.sp_size),
+        dtype=dtype,
+        compute=compute,
+        gradient_checkpointing=flags.gradient_checkpointing,
+        tiled_mlp=flags.tiled_mlp,
+        tp_size=resolved.parallel.tp_size,
+        loss=flags.loss,
+        attn_implementation=flags.attn_implementation,
+        on_cpu=on_cpu,
+    )
+
+
+def predict_memory(
+    shape: ModelShape,
+    trace: Tracer,
+    resolved: ResolvedConfig,
+    flags: Flags,
+    platform: Platform,
+    ranks_per_host: int,
+) -> Needs:
+    """The needs of the fullest rank and host. trace: `trace_activations` of this model, or a cache of it.
+
+    Raises NotAChainError for a model that the pipeline cannot cut, and what the model's own code raises.
+    """
+    dims = resolved.parallel
+    activations = trace(setting_of(resolved, flags, platform.on_cpu))
+    parts = shape.parts(dims.pp_size, dims.tp_size)
+    found = []
+    for stage, part in enumerate(parts):
+        case = Case(resolved, part, ranks=dims.dp_size * dims.sp_size, on_cpu=platform.on_cpu)
+        states = states_of(case)
+        in_flight = min(dims.pp_size - stage, resolved.gradient_accumulation_steps)
+        phases = _phases(states, _of_stage(activations, part), in_flight, saved_copy(case, flags))
+        name, bytes_by_part = max(phases.items(), key=lambda item: sum(item[1].values()))
+        found.append((sum(bytes_by_part.values()), stage, name, bytes_by_part, states, case))
+    _, stage, phase, bytes_by_part, states, case = max(found, key=lambda item: item[0])
+    device = _with_total(platform.overhead(bytes_by_part))
+    host = _host(device, states, case, platform, ranks_per_host, flags)
+    return Needs(
+        device=device,
+        host=host,
+        pinned_gib=states.pinned * ranks_per_host / GIB,
+        nvme_gib=states.nvme * ranks_per_host / GIB,
+        checkpoint_gib=shape.num_parameters * (4.0 + case.moments) / GIB,
+        phase=phase,
+        stage=stage,
+    )
+
+
+def _of_stage(activations: Activations, part: Part) -> Trace:
+    """What a stage keeps: its layers, and the embedding's and the head's where it has them."""
+    whole = activations.layer * part.num_layers
+    outside = activations.outside
+    if part.first and part.last:
+        return whole + outside
+    if part.last:
+        return whole + outside
+    # Without a head: nothing of the loss, and in either peak only what a layer needs.
+    transient = max(0.0, outside.backward_peak - outside.saved - outside.loss)
+    return whole + Trace(outside.saved, 0.0, outside.saved, outside.saved + min(transient, activations.layer.saved))
+
+
+def _phases(states: States, stage: Trace, in_flight: int, copy: float) -> dict[str, dict[str, float]]:
+    """phase -> part -> bytes. Other micro-batches in flight keep what they saved."""
+    others = (in_flight - 1) * stage.saved
+    live = {
+        "forward": {"activations": others + stage.forward_peak - stage.loss, "loss": stage.loss},
+        "backward": {"activations": others + stage.backward_peak - stage.loss, "loss": stage.loss},
+    }
+    phases: dict[str, dict[str, float]] = {}
+    for name, extra in states.phases.items():
+        phase = dict.fromkeys(PARTS, 0.0)
+        for source in (states.base, extra, live.get(name, {}), {"checkpoint": copy}):
+            for part, size in source.items():
+                phase[part] += size
+        phases[name] = phase
+    return phases
+
+
+def saved_copy(case: Case, flags: Flags) -> float:
+    """Bytes of masters and moments that a rank copies for a checkpoint in the background (checkpoint/state.py)."""
+    if not flags.saves_on_the_way or not case.on_cpu:
+        return 0.0
+    return (4.0 + case.moments) * case.share
+
+
+def _with_total(bytes_by_part: dict[str, float]) -> dict[str, float]:
+    parts = {name: size / GIB for name, size in bytes_by_part.items()}
+    return {**parts, "total": sum(parts.values())}
+
+
+def _host(
+    device: dict[str, float], states: States, case: Case, platform: Platform, ranks: int, flags: Flags
+) -> dict[str, float]:
+    """Of one host. On a CPU, its ranks' devices are in it."""
+    host = {"imports": ranks * platform.imports_gib}
+    if platform.on_cpu:
+        host["devices"] = ranks * device["total"]
+        host["shared"] = ranks * platform.shared_gib
+    else:
+        host |= {name: ranks * size / GIB for name, size in states.host.items()}
+        copy = (4.0 + case.moments) * case.share if flags.saves_on_the_way else 0.0
+        host["checkpoint"] = ranks * copy / GIB
+    return {**host, "total": sum(host.values())}

@@ -1,0 +1,109 @@
+"""How many parameters each rank holds before ZeRO divides them: the real model on the meta device, cut as the run cuts
+it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstrain.arguments import ModelArguments
+from dstrain.engine import decoder_layers
+from dstrain.models.build import build_skeleton
+from dstrain.models.pipeline import plan_stages
+from dstrain.models.pipeline_probe import probe_layers
+from dstrain.planner.tracing import tensor_cuts
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one pipeline stage (without a pipeline: every rank) holds, in elements, after tensor parallelism.
+
+    largest: of one parameter. layer: of one decoder layer, the largest. first, last: has the embedding, has the head.
+    """
+
+    elements: int
+    largest: int
+    layer: int
+    num_layers: int
+    first: bool
+    last: bool
+
+
+class ModelShape:
+    """The sizes of a model, from its configuration. Costs no memory for its weights, and a second for 80 layers."""
+
+    def __init__(self, config: Any, margs: ModelArguments):
+        self.config = config
+        self.model = build_skeleton(margs, config, torch.bfloat16)
+        self._parts: dict[tuple[int, int], list[Part]] = {}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Parameter name -> elements; a tied one has one name."""
+        return {name: p.numel() for name, p in self.model.named_parameters()}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.sizes.values())
+
+    @cached_property
+    def num_layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    @cached_property
+    def _graph(self) -> Any:
+        return probe_layers(self.model, None)
+
+    @cached_property
+    def _cuts(self) -> set[str]:
+        return {name for name, _ in tensor_cuts(self.model)}
+
+    def parts(self, pp_size: int = 1, tp_size: int = 1) -> list[Part]:
+        """One per pipeline stage. Raises NotAChainError for a model that cannot be cut so."""
+        if (pp_size, tp_size) not in self._parts:
+            self._parts[pp_size, tp_size] = self._cut(pp_size, tp_size)
+        return self._parts[pp_size, tp_size]
+
+    def _cut(self, pp_size: int, tp_size: int) -> list[Part]:
+        sizes = self._cut_sizes(tp_size)
+        names = [frozenset(sizes)]
+        bounds: tuple[int, ...] = (0, self.num_layers)
+        if pp_size > 1:
+            plan = plan_stages(self.model, self._graph, pp_size)
+            names, bounds = list(plan.needs), plan.bounds
+        layer = self._largest_layer(sizes)
+        return [
+            Part(
+                elements=sum(sizes[name] for name in names[k]),
+                largest=max(sizes[name] for name in names[k]),
+                layer=layer,
+                num_layers=bounds[k + 1] - bounds[k],
+                first=k == 0,
+                last=k == len(names) - 1,
+            )
+            for k in range(len(names))
+        ]
+
+    def _cut_sizes(self, tp_size: int) -> Mapping[str, int]:
+        if tp_size == 1:
+            return self.sizes
+        return {name: -(-size // tp_size) if name in self._cuts else size for name, size in self.sizes.items()}
+
+    def _largest_layer(self, sizes: Mapping[str, int]) -> int:
+        layers = decoder_layers(self.model)
+        prefix = next(name for name, module in self.model.named_modules() if module is layers)
+        totals: dict[str, int] = {}
+        for name, size in sizes.items():
+            if name.startswith(f"{prefix}."):
+                index = name.removeprefix(f"{prefix}.").split(".")[0]
+                totals[index] = totals.get(index, 0) + size
+        return max(totals.values(), default=0)
+
+
+def embedding_elements(model: nn.Module) -> int:
+    """Elements of the output embedding: what ZeRO-3 gathers for the loss."""
+    head = model.get_output_embeddings()
+    return head.weight.numel() if head is not None else 0

@@ -1,0 +1,75 @@
+"""How much memory there is, and what is refused."""
+
+import pytest
+
+from dstrain.planner.foresight import problems_of
+from dstrain.planner.limits import Limit, host_limit
+
+MEMINFO = "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n"  # 8 GiB
+GIB = 2**30
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_the_machine_is_the_limit_where_no_group_is(tmp_path):
+    root = write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/user\n"})
+    assert host_limit(root) == Limit(8.0, "MemAvailable of /proc/meminfo")
+
+
+def test_cgroup_v2_counts_caches_as_free(tmp_path):
+    files = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/cgroup": "0::/job/step\n",
+        "sys/fs/cgroup/job/memory.max": str(4 * GIB),
+        "sys/fs/cgroup/job/memory.current": str(3 * GIB),
+        "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+        "sys/fs/cgroup/job/step/memory.max": "max\n",
+    }
+    limit = host_limit(write(tmp_path, files))
+    assert limit.gib == 2.0
+    assert limit.source.startswith("memory.max of the control group") and limit.source.endswith("job")
+
+
+def test_cgroup_v1_inside_a_container(tmp_path):
+    """The path is the host's and not mounted: the root of the mount is the own group."""
+    memory = "sys/fs/cgroup/memory"
+    files = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/cgroup": "5:cpu:/\n4:memory:/docker/abc\n",
+        f"{memory}/memory.limit_in_bytes": str(3 * GIB),
+        f"{memory}/memory.usage_in_bytes": str(GIB),
+        f"{memory}/memory.stat": "total_inactive_file 0\n",
+    }
+    assert host_limit(write(tmp_path, files)).gib == 2.0
+    write(tmp_path, {f"{memory}/memory.limit_in_bytes": str(2**63 - 4096)})
+    assert host_limit(tmp_path).gib == 8.0
+
+
+FOUND = {
+    "device_gib": {"activations": 5.0, "optimizer": 1.0, "total": 6.0},
+    "host_gib": {"imports": 1.0, "devices": 12.0, "total": 13.0},
+}
+
+
+def test_what_fits_is_no_problem():
+    assert problems_of(FOUND, "a", 2, Limit(12.5, "MemAvailable"), None) == []
+
+
+def test_a_host_that_is_too_small_is_named_with_the_numbers():
+    (problem,) = problems_of(FOUND, "node1", 2, Limit(8.0, "MemAvailable"), None)
+    for words in ("needs 12.0 GiB on node1", "2 times 6.0", "activations 5.00", "MemAvailable leaves 8.0 GiB",
+                  "lower train_micro_batch_size_per_gpu", "--ignore_memory_limit"):  # fmt: skip
+        assert words in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(("device_gib", "number"), [(5.0, 1), (7.0, 0)])
+def test_a_device_that_is_too_small(device_gib, number):
+    problems = problems_of(FOUND, "a", 1, Limit(100.0, "MemAvailable"), Limit(device_gib, "memory of X"))
+    assert len(problems) == number
