@@ -4,7 +4,7 @@ Every rank of a pipeline gets the same micro-batches from its loader, so only hi
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from itertools import repeat
 from typing import Any
 
@@ -35,8 +35,8 @@ class PipeEngine:
         self._shapes: tuple | None = None
         self._plain_norm: torch.Tensor | None = None
         if resolved.zero_stage == 0 and resolved.precision == "fp32":
-            # This optimizer keeps no norm, and its gradients are gone after the step.
-            engine.basic_optimizer.register_step_pre_hook(self._keep_norm)
+            # This optimizer keeps no norm, its gradients are gone after the step, and it steps whatever they are.
+            engine.optimizer.step = partial(self._plain_step, engine.optimizer.step)
 
     @property
     def model(self) -> nn.Module:
@@ -75,11 +75,11 @@ class PipeEngine:
         return loss_sum, tokens
 
     def _own_loss(self) -> torch.Tensor:
-        """This rank's sum of token losses, float64 [1]: only the last stage has one."""
-        return self.stage.loss_sum.to(self.device).reshape(1)
+        """This rank's sum of token losses, a new float64 [1]: only the last stage has one."""
+        return self.stage.loss_sum.to(self.device).reshape(1).clone()
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a 1-d float64 tensor over all ranks."""
+        """Sum a 1-d float64 tensor over all ranks, in place."""
         dist.all_reduce(values)
         return values
 
@@ -91,14 +91,26 @@ class PipeEngine:
             self.deepspeed.reset_activation_shape()
         self._shapes = (training, shapes)
 
+    def _plain_step(self, step: Callable[..., Any], *args: Any) -> None:
+        """The optimizer's step, left out on every rank where a gradient of any is not finite.
+
+        DeepSpeed counts a step that its optimizer calls an `overflow` as skipped and keeps the schedule where it is
+        (`_take_model_step`), as its ZeRO optimizers do by themselves. Waits for the device.
+        """
+        self._plain_norm = self._gradient_norm()
+        optimizer: Any = self.deepspeed.optimizer
+        optimizer.overflow = not bool(torch.isfinite(self._plain_norm))
+        if not optimizer.overflow:
+            step(*args)
+
     @torch.no_grad()
-    def _keep_norm(self, *_: Any) -> None:
-        """L2 norm of the averaged gradients over all stages, a tied parameter counted once."""
+    def _gradient_norm(self) -> torch.Tensor:
+        """L2 norm of the averaged gradients over all stages, a tied parameter counted once. A collective."""
         parameters = [p for p in self.stage.parameters() if p.grad is not None and not p.ds_pipe_replicated]
         norm = torch.nn.utils.get_total_norm([p.grad.float() for p in parameters])
         squared = norm.double().square().reshape(1)
         (total,) = self._sum(squared) / self.resolved.parallel.dp_size
-        self._plain_norm = total.sqrt()
+        return total.sqrt()
 
 
 _PHASE_OF = {ForwardPass: "forward", BackwardPass: "backward", OptimizerStep: "optimizer"}

@@ -33,7 +33,8 @@ CONFIG = parity.SGD | {"optimizer": {"type": "SGD", "params": {"lr": 0.01}}}
 
 def install(faults: str, rank: int) -> None:
     """Patch the engine of this process."""
-    from dstrain import engine
+    from dstrain import engine, pipe_engine
+    from dstrain.models import pipeline_module
 
     mine = {}
     for fault in filter(None, faults.split(",")):
@@ -41,26 +42,33 @@ def install(faults: str, rank: int) -> None:
         step, _, of_rank = place.partition(":")
         if int(of_rank or 0) == rank:
             mine[int(step)] = kind
-    train_batch, token_loss, eval_batch = engine.ZeroEngine.train_batch, engine.token_loss, engine.ZeroEngine.eval_batch
     count = {"train": 0, "eval": 0}
 
-    def faulty_train_batch(self: Any, batches: Any) -> Any:
+    def faulty_train_batch(train_batch: Any, self: Any, batches: Any) -> Any:
         count["train"] += 1
         strike(mine.get(count["train"], ""))
         return train_batch(self, batches)
 
-    def faulty_token_loss(*args: Any) -> Any:
+    def faulty_token_loss(token_loss: Any, *args: Any) -> Any:
         loss, tokens = token_loss(*args)
         return (loss * float("nan") if mine.get(count["train"]) == "nan" and loss.requires_grad else loss), tokens
 
-    def faulty_eval_batch(self: Any, batches: Any) -> Any:
+    def faulty_eval_batch(eval_batch: Any, self: Any, batches: Any) -> Any:
         count["eval"] += 1
         if mine.get(count["train"], "").startswith("eval") and count["eval"] == 2:
             strike(mine[count["train"]].removeprefix("eval"))
         return eval_batch(self, batches)
 
-    engine.ZeroEngine.train_batch, engine.ZeroEngine.eval_batch = faulty_train_batch, faulty_eval_batch
-    engine.token_loss = faulty_token_loss
+    for kind in (engine.ZeroEngine, pipe_engine.PipeEngine):
+        kind.train_batch = in_place_of(faulty_train_batch, kind.train_batch)
+        kind.eval_batch = in_place_of(faulty_eval_batch, kind.eval_batch)
+    for module in (engine, pipeline_module):
+        module.token_loss = partial(faulty_token_loss, module.token_loss)
+
+
+def in_place_of(function: Any, method: Any) -> Any:
+    """`method` of a class, with `function(method, self, ...)` in its place."""
+    return lambda self, *args: function(method, self, *args)
 
 
 def strike(kind: str) -> None:

@@ -1,9 +1,10 @@
 """The non-finite guard: a loss or gradient norm that is not a number ends the run with 77 and spoils no checkpoint.
 
 DeepSpeed 0.19.8 leaves out a step whose gradients are not finite in ZeRO 1-3 in every precision (`check_overflow`,
-`is_invalid_grad_norm`) and says so only for fp16; `ZeroEngine` does the same at ZeRO-0 in fp32. So weights and moments
-stay as they were before the batch. The guard gives that its name. All ranks read the same reduced numbers and decide
-alike. On an accelerator it waits for nothing: a step that was taken is read one step later, from a copy on the host.
+`is_invalid_grad_norm`) and says so only for fp16; dstrain's engines do the same at ZeRO-0 in fp32. So weights and
+moments stay as they were before the batch. The guard gives that its name. All ranks read the same reduced numbers and
+decide alike. On an accelerator it waits for nothing: a step that was taken is read one step later, from a copy on the
+host.
 """
 
 import math
