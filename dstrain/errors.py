@@ -36,7 +36,11 @@ class UserError(ValueError):
 
 
 class DiskError(UserError):
-    """A checkpoint that the disk did not take: full, read-only or broken. Those before it are kept."""
+    """A checkpoint that the disk did not take: read-only, broken or full. Those before it are kept."""
+
+
+class DiskFullError(DiskError):
+    """There was no room for it, or no quota: the next one may fit again."""
 
 
 class VerifyError(UserError):

@@ -73,13 +73,17 @@ class Launch:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int  # processes on this host
 
     @classmethod
     def from_environment(cls) -> "Launch":
+        world_size = os.environ.get("WORLD_SIZE", "1")
         return cls(
             rank=int(os.environ.get("RANK", 0)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            world_size=int(world_size),
+            # torchrun's name, then the deepspeed launcher's; without either as if there were one host
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))),
         )
 
     @property

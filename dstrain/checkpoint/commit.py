@@ -15,7 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dstrain.checkpoint.files import Written, sync_folder, write_bytes, write_rank
+from dstrain.checkpoint.blocks import Written
+from dstrain.checkpoint.files import sync_folder, write_bytes, write_rank
 from dstrain.checkpoint.manifest import write_latest, write_manifest
 from dstrain.checkpoint.state import Snapshot
 
@@ -45,6 +46,7 @@ class Save:
     world_size: int
     retain: Callable[[Path], None]
     started: float
+    waited_s: Callable[[], float] = float  # for the copy to host memory, after `save` had returned
     stall_s: float = 0.0
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: threading.Event = field(default_factory=threading.Event)
@@ -70,7 +72,10 @@ class Save:
         return self.temporary / f"rank_{rank:05d}.done"
 
     def _write(self) -> None:
-        written = write_rank(self.temporary, self.rank, self.snapshot.entries, self.snapshot.facts)
+        shot = self.snapshot
+        if shot.copying is not None:
+            shot.copying.join()
+        written = write_rank(self.temporary, self.rank, shot.entries, shot.facts, shot.images)
         part = self._done(self.rank).with_suffix(".part")
         write_bytes(part, json.dumps({name: asdict(file) for name, file in written.items()}).encode())
         os.replace(part, self._done(self.rank))
@@ -99,7 +104,7 @@ class Save:
         write_latest(self.target)
         self.retain(self.target)
         total_s = time.perf_counter() - self.started
-        self.stats = SaveStats(manifest.bytes, self.stall_s, total_s, manifest.step)
+        self.stats = SaveStats(manifest.bytes, self.stall_s + self.waited_s(), total_s, manifest.step)
 
 
 def gather(value: Any) -> list[Any]:

@@ -1,26 +1,26 @@
-"""The safetensors files of a rank, one for each kind of state: ranges of named parameters, hashed while written.
+"""The safetensors files of a rank, one for each kind and type of state: ranges of named parameters.
 
 A key is `kind|name|start|cut`: kind is `weight` (the fp32 master, or a frozen parameter in its own type), `buffer`, or
 the optimizer's own name of a state with one value per weight (`exp_avg`, ...); start is the flat index of the first
-element in the parameter, or in the tensor-parallel cut of it that `cut` names. The metadata of the file of weights
-holds, as JSON, what is not a tensor: shapes, step counters, random states.
+element in the parameter, or in the tensor-parallel cut of it that `cut` names. The metadata of the file of fp32
+weights holds, as JSON, what is not a tensor: shapes, step counters, random states.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-CHUNK = 8 << 20
-FLUSH = 64 << 20
-WRITERS = 2  # files at a time: one core hashes about as fast as a good disk writes
+from dstrain.checkpoint.blocks import BLOCK, CHUNK, HashedFile, Image, Written, aligned, through_a_buffer
+
+THREADS = 4  # files at a time: each is one stream of sha256, which is slower than a good disk
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -60,7 +60,7 @@ class Entry:
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data: Callable[[], torch.Tensor]  # contiguous, on the CPU; called once, in order
+    data: Callable[[], torch.Tensor] | None = None  # contiguous; called once, in order; None: in the file's image
 
     @property
     def nbytes(self) -> int:
@@ -70,59 +70,8 @@ class Entry:
         return numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Written:
-    bytes: int
-    sha256: str
-
-
-class HashedFile:
-    """A file whose sha256 is computed beside the writing, by a second thread, while a third pushes what is written to
-    the disk; closing it makes it durable."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-        self.hasher, self.flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.flush: Future | None = None
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), CHUNK):
-            chunk = view[start : start + CHUNK]
-            hashed = self.hasher.submit(self.digest.update, chunk)
-            written = 0
-            try:
-                while written < len(chunk):
-                    written += self.file.write(chunk[written:])
-            finally:
-                hashed.result()
-            self.bytes += len(chunk)
-            if self.bytes % FLUSH < CHUNK and (self.flush is None or self.flush.done()):
-                self.flush = self.flusher.submit(os.fdatasync, self.file.fileno())
-
-    def close(self) -> Written:
-        self.hasher.shutdown()
-        self.flusher.shutdown()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return Written(self.bytes, self.digest.hexdigest())
-
-    def abandon(self) -> None:
-        self.hasher.shutdown()
-        self.flusher.shutdown()
-        self.file.close()
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
 def header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
-    """The head of a safetensors file: length, then JSON padded to a multiple of 8 bytes."""
+    """The head of a safetensors file: length, then JSON padded to a multiple of BLOCK bytes."""
     table: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in entries:
@@ -131,19 +80,30 @@ def header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
         offset = end
     assert len(table) == len(entries) + 1, "two pieces of the same name"
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % BLOCK)
     return struct.pack("<Q", len(text)) + text
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> Written:
-    """Write and fsync one file, a tensor at a time. Raises OSError."""
+def _checked(entries: Sequence[Entry]) -> Iterable[torch.Tensor]:
+    for entry in entries:
+        assert entry.data is not None, f"{entry.key} has its bytes in an image"
+        data = entry.data()
+        assert data.dtype == entry.dtype and data.numel() * data.element_size() == entry.nbytes, entry.key
+        yield data
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: dict[str, str], image: Image | None = None
+) -> Written:
+    """Write and fsync one file: its bytes are in `image`, or come a tensor at a time. Raises OSError."""
+    head = header(entries, metadata)
+    first = aligned(len(head)).copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+    assert image is None or image.bytes == sum(entry.nbytes for entry in entries), path
     file = HashedFile(path)
     try:
-        file.write(header(entries, metadata))
-        for entry in entries:
-            data = entry.data()
-            assert data.dtype == entry.dtype and data.numel() * data.element_size() == entry.nbytes, entry.key
-            file.write(_bytes_of(data))
+        file.write(first)
+        for block in through_a_buffer(_checked(entries)) if image is None else image.blocks():
+            file.write(block)
         return file.close()
     except BaseException:
         file.abandon()
@@ -186,8 +146,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return table, table.pop("__metadata__", {})
 
 
-def rank_file(rank: int, kind: str = "weight") -> str:
-    return f"rank_{rank:05d}.{kind}.safetensors"
+def rank_file(rank: int, kind: str = "weight", dtype: torch.dtype = torch.float32) -> str:
+    """One file for each kind and type: files of one type keep every tensor aligned."""
+    of_type = "" if dtype == torch.float32 else f"-{DTYPES[dtype].lower()}"
+    return f"rank_{rank:05d}.{kind}{of_type}.safetensors"
 
 
 def rank_files(folder: Path) -> list[Path]:
@@ -195,18 +157,22 @@ def rank_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("rank_*.safetensors"))
 
 
-def write_rank(folder: Path, rank: int, entries: Sequence[Entry], facts: dict[str, Any]) -> dict[str, Written]:
-    """Write one file for each kind of entry, and `facts` with the weights; name -> what was written. Raises OSError."""
+def write_rank(
+    folder: Path, rank: int, entries: Sequence[Entry], facts: dict[str, Any], images: Mapping[str, Image] | None = None
+) -> dict[str, Written]:
+    """Write one file for each kind and type of entry, and `facts` with the fp32 weights; name -> what was written.
+
+    images: name -> where the bytes of that file are, its entries in their order. Raises OSError.
+    """
     by_file: dict[str, list[Entry]] = {rank_file(rank): []}
-    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):  # keeps every tensor aligned
-        kind = Key.parse(entry.key).kind
-        by_file.setdefault(rank_file(rank, "weight" if kind == "buffer" else kind), []).append(entry)
+    for entry in entries:
+        by_file.setdefault(rank_file(rank, Key.parse(entry.key).kind, entry.dtype), []).append(entry)
 
     def write(name: str) -> Written:
         metadata = {"format": "pt"}
         if name == rank_file(rank):
             metadata["dstrain"] = json.dumps(facts)
-        return write_safetensors(folder / name, by_file[name], metadata)
+        return write_safetensors(folder / name, by_file[name], metadata, (images or {}).get(name))
 
-    with ThreadPoolExecutor(WRITERS) as writers:
+    with ThreadPoolExecutor(THREADS) as writers:
         return dict(zip(by_file, writers.map(write, by_file), strict=True))

@@ -106,6 +106,23 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
+# Their `step` changes masters and moments by the `step` of the optimizer inside, in this process, and nowhere else.
+_PLAIN_WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+
+
+def changes_in_step_only(engine: Any) -> bool:
+    """Whether masters and moments are the same until the inner optimizer's `step` is called.
+
+    Not with Muon, whose momenta BF16_Optimizer changes before (0.19.8, `_prepare_muon_updates`), nor where another
+    process or thread takes the steps (SuperOffload, ZenFlow), nor on NVMe.
+    """
+    inner, wrapper = inner_optimizer(engine), type(engine.optimizer).__name__
+    if not isinstance(inner, torch.optim.Optimizer) or getattr(engine.optimizer, "swap_optimizer", False):
+        return False
+    plain = engine.optimizer is inner or wrapper in _PLAIN_WRAPPERS
+    return plain and type(inner).__name__ not in ("MuonWithAuxAdam", "ZenFlowCPUAdam")
+
+
 def open_shards(engine: Any, names: dict[int, str], *, changing: bool) -> Iterator[Shard]:
     """Every buffer of this rank, one after another. The tensors are only valid until the next one is asked for.
 

@@ -1,8 +1,9 @@
 """Save, find and load checkpoints of a run: `checkpoints/step_00000100` holds the state after 100 steps.
 
-A checkpoint is whole or not there. Every rank writes one file into a temporary folder, with its hash; when all are on
-the disk, rank 0 writes the manifest, renames the folder and points `latest` at it. Training stands still only for the
-copy to host memory: the rest happens in a thread, and no collective runs there. docs/checkpoints.md has the format.
+A checkpoint is whole or not there. Every rank writes its files into a temporary folder, with their hashes; when all are
+on the disk, rank 0 writes the manifest, renames the folder and points `latest` at it. Training stands still at most for
+the copy to host memory, which must be done before the next optimizer step: the rest happens in a thread, and no
+collective runs there. docs/checkpoints.md has the format.
 """
 
 import os
@@ -17,6 +18,7 @@ from typing import Any
 from dstrain import distributed
 from dstrain.checkpoint import engine_state
 from dstrain.checkpoint.commit import Save, SaveStats, gather, not_written
+from dstrain.checkpoint.layout import changes_in_step_only, inner_optimizer
 from dstrain.checkpoint.manifest import (
     find_problems,
     list_checkpoints,
@@ -111,7 +113,9 @@ class CheckpointManager:
         self.total_steps = total_steps
         self.saved_step: int | None = None
         self.launch = Launch.from_environment()
-        self.memory = HostMemory()
+        self.memory = HostMemory(lazily=background and changes_in_step_only(engine))
+        if self.memory.lazily:
+            inner_optimizer(engine).register_step_pre_hook(lambda *_: self.memory.settle())
         self._in_flight: Save | None = None
         self._finished: list[SaveStats] = []
         self._cleaned = self._reserved = False
@@ -154,6 +158,7 @@ class CheckpointManager:
             world_size=self.launch.world_size,
             retain=self._retain,
             started=started,
+            waited_s=lambda: self.memory.waited_s,
         )
         self._in_flight = save
         self.saved_step = state.step

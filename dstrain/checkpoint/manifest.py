@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint.files import WRITERS, Written, hash_file, sync_folder, write_bytes
+from dstrain.checkpoint.blocks import Written
+from dstrain.checkpoint.files import THREADS, hash_file, sync_folder, write_bytes
 from dstrain.errors import UserError
 
 FORMAT = 1
@@ -111,7 +112,7 @@ def find_problems(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
             return [f"{path} cannot be read ({error.strerror})"]
         return [] if same else [f"{path} is damaged: its hash is not the one that was written"]
 
-    with ThreadPoolExecutor(WRITERS) as readers:
+    with ThreadPoolExecutor(THREADS) as readers:
         return [problem for found in readers.map(check, largest_first[part::num_parts]) for problem in found]
 
 

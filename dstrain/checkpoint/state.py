@@ -1,14 +1,17 @@
 """From an engine to host memory and back: the tensors of one rank, as entries of its file."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dstrain.checkpoint import engine_state
-from dstrain.checkpoint.files import Entry, Key
+from dstrain.checkpoint.blocks import Image, bytes_of, copy_all
+from dstrain.checkpoint.files import Entry, Key, rank_file
 from dstrain.checkpoint.layout import (
     Fragment,
     Named,
@@ -23,35 +26,76 @@ from dstrain.checkpoint.layout import (
 from dstrain.checkpoint.replay import replay_steps
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
+from dstrain.parallel import Launch
 
 
 @dataclass
 class HostMemory:
-    """Buffers that are kept from one snapshot to the next: fresh memory costs five times the copy into it."""
+    """Images of this rank's files, kept from one snapshot to the next: fresh memory costs five times the copy into it.
 
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    Bounded by what this rank writes (under Adam 12 bytes for each of its parameters), and a segment for each file.
+    lazily: masters and moments may be copied while the next forward and backward pass run. Whoever says so calls
+    `settle` before they change.
+    """
+
+    lazily: bool = False
+    images: dict[str, Image] = field(default_factory=dict)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     reserving: threading.Thread | None = None
+    copying: threading.Thread | None = None
+    waited_s: float = 0.0  # for the copies of the present snapshot, in `settle`
 
-    def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
-        """A copy of a flat tensor that stays as it is until the next snapshot. Pinned when the source is on a GPU."""
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self.buffers[key] = buffer
-        return buffer.copy_(source, non_blocking=source.is_cuda)
+    def begin(self) -> None:
+        """A new snapshot takes the place of the one before."""
+        self.ready()
+        self.settle()
+        self.waited_s = 0.0
+        for image in self.images.values():
+            image.bytes = 0
+
+    def add(self, file: str, source: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """Put a flat tensor behind what `file` holds so far; copied by `copy`, pinned when it is on a GPU."""
+        data = bytes_of(source)
+        for target in self.images.setdefault(file, Image(pinned=source.is_cuda)).take(data.numel()):
+            self.pairs.append((target, data[: target.numel()]))
+            data = data[target.numel() :]
+        return None
+
+    def copy(self) -> None:
+        """Do what `add` promised, while its tensors are still what they were."""
+        copy_all(self.pairs)
+        self.pairs.clear()
+
+    def copy_lazily(self) -> None:
+        """Begin to do it."""
+        if not self.lazily or any(source.is_cuda for _, source in self.pairs):
+            self.copy()
+            return
+        pairs, self.pairs = self.pairs, []
+        self.copying = threading.Thread(target=copy_all, args=(pairs,), name="checkpoint-copy", daemon=True)
+        self.copying.start()
+
+    def settle(self) -> None:
+        """Wait until it is done. Costs nothing when it is."""
+        if self.copying is not None:
+            began = time.perf_counter()
+            self.copying.join()
+            self.copying = None
+            self.waited_s += time.perf_counter() - began
 
     def reserve(self, engine: Any) -> None:
         """Begin, in the background, to allocate and touch what the next snapshot will need."""
-        if is_swapped(engine):
-            return  # looking at the states means reading them
+        if is_swapped(engine) or self.images:
+            return  # looking at swapped states means reading them; images that exist may be on their way to the disk
         plan = _Plan()
         take_snapshot(engine, plan)
         self.reserving = threading.Thread(target=self._allocate, args=(plan.sizes,), daemon=True)
         self.reserving.start()
 
-    def _allocate(self, sizes: dict[str, tuple[int, torch.dtype, bool]]) -> None:
-        for key, (numel, dtype, pinned) in sizes.items():
-            self.buffers[key] = torch.empty(numel, dtype=dtype, pin_memory=pinned).zero_()
+    def _allocate(self, sizes: Mapping[tuple[str, bool], int]) -> None:
+        for (file, pinned), num_bytes in sizes.items():
+            for piece in self.images.setdefault(file, Image(pinned)).take(num_bytes):
+                piece.zero_()
 
     def ready(self) -> None:
         """Wait for `reserve`."""
@@ -61,21 +105,21 @@ class HostMemory:
 
 
 class NoMemory(HostMemory):
-    """For the last checkpoint of a run: nothing changes any more, so what lies in host memory is written from there."""
+    """For the last checkpoint of a run: nothing changes any more, so it is written from where it lies."""
 
-    def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
-        return super().copy(key, source) if source.is_cuda else source
+    def add(self, file: str, source: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        return lambda: source
 
 
 @dataclass
 class _Plan(HostMemory):
     """Notes what a snapshot copies, and copies nothing."""
 
-    sizes: dict[str, tuple[int, torch.dtype, bool]] = field(default_factory=dict)
+    sizes: Counter[tuple[str, bool]] = field(default_factory=Counter)
 
-    def copy(self, key: str, source: torch.Tensor) -> torch.Tensor:
-        self.sizes[key] = (source.numel(), source.dtype, source.is_cuda)
-        return source.new_empty(source.shape, device="meta")
+    def add(self, file: str, source: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        self.sizes[file, source.is_cuda] += source.numel() * source.element_size()
+        return None
 
 
 def is_swapped(engine: Any) -> bool:
@@ -89,6 +133,8 @@ class Snapshot:
 
     entries: list[Entry]
     facts: dict[str, Any]  # plain JSON: shapes, counters, random states
+    images: dict[str, Image]  # file -> its bytes, once `copying` has ended
+    copying: threading.Thread | None = None
 
     @property
     def bytes(self) -> int:
@@ -110,10 +156,10 @@ def _own_part(fragment: Fragment, where: Place, replicated: bool) -> Fragment | 
 def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
     """Copy this rank's share of weights, optimizer state and random states to the host. No collective.
 
-    Costs one copy; host memory: masters and moments of this rank.
+    Costs one copy, of masters and moments as lazily as `memory` allows; host memory: masters and moments of this rank.
     """
-    memory.ready()
-    where = place(engine)
+    memory.begin()
+    where, rank = place(engine), Launch.from_environment().rank
     named = Named.of(engine.module, where.tp_rank)
     names, optimizer = named.names(), inner_optimizer(engine)
     entries: list[Entry] = []
@@ -122,8 +168,9 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
     def add(kind: str, fragment: Fragment, source: torch.Tensor) -> None:
         cut = named.cuts.get(fragment.name)
         key = str(Key(kind, fragment.name, fragment.start, cut.label if cut else ""))
-        data = memory.copy(key, source[fragment.offset : fragment.offset + fragment.numel])
-        entries.append(Entry(key, data.dtype, tuple(data.shape), lambda: data))
+        own = source[fragment.offset : fragment.offset + fragment.numel]
+        data = memory.add(rank_file(rank, kind, own.dtype), own)
+        entries.append(Entry(key, own.dtype, tuple(own.shape), data))
 
     def is_written_here(name: str) -> bool:
         if name in named.cuts or where.tp_rank == 0:
@@ -145,14 +192,18 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
             facts["scalars"][fragment.name] = scalars
             for kind, tensor in tensors.items():
                 add(kind, part, tensor.view(-1))
-    for rest in rest_of(engine.module, named):
+        if is_swapped(engine):
+            memory.copy()  # the next shard takes its place
+    memory.copy_lazily()
+    for rest in rest_of(engine.module, named):  # a forward pass may change a buffer
         part = _own_part(rest.fragment, where, rest.replicated)
         if is_written_here(rest.fragment.name) and part is not None:
             facts["shapes"][rest.fragment.name] = rest.shape
             add(rest.kind, part, rest.tensor)
+    memory.copy()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return Snapshot(entries, facts)
+    return Snapshot(entries, facts, memory.images, memory.copying)
 
 
 def _problems_with(reader: CheckpointReader, named: Named) -> Iterator[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dstrain.checkpoint import commit, manager
+from dstrain.checkpoint import state as checkpoint_state
 from dstrain.checkpoint.manager import CheckpointManager, TrainState, choose_checkpoint, list_checkpoints
 from dstrain.errors import UserError
 
@@ -234,6 +235,36 @@ def test_writing_in_the_background(tmp_path, monkeypatch):
     assert torch.equal(other.module[0].weight, before)
 
 
+def test_weights_do_not_change_before_they_are_copied(tmp_path, monkeypatch):
+    """The copy runs beside the next forward and backward pass; the optimizer's step waits for it."""
+    may_copy, copy_all, order = threading.Event(), checkpoint_state.copy_all, []
+
+    def slow(pairs):
+        if threading.current_thread().name == "checkpoint-copy":
+            may_copy.wait(10)
+            order.append("copied")
+        copy_all(pairs)
+
+    engine = fake_engine()
+    train(engine)
+    checkpoints = make(tmp_path, engine, background=True)
+    monkeypatch.setattr(checkpoint_state, "copy_all", slow)
+    before = engine.module[0].weight.detach().clone()
+    checkpoints.save(state(1), {})
+    assert not order
+    threading.Timer(0.3, may_copy.set).start()
+    train(engine)
+    order.append("stepped")
+    assert order[-2:] == ["copied", "stepped"] and checkpoints.memory.waited_s > 0.1
+    checkpoints.close()
+    (stats,) = checkpoints.finished()
+    assert stats.stall_s > 0.1
+    other = fake_engine(seed=9)
+    make(tmp_path, other).load(tmp_path / "step_00000001")
+    assert torch.equal(other.module[0].weight, before)
+    assert not torch.equal(other.module[0].weight, engine.module[0].weight)
+
+
 def test_a_rank_that_ends_alone_lets_its_checkpoint_finish(tmp_path):
     checkpoints = make(tmp_path, background=True)
     checkpoints.settle()
@@ -278,6 +309,6 @@ def test_the_last_checkpoint_takes_no_copy(tmp_path):
     copied, last = make(tmp_path / "a", engine), make(tmp_path / "b", engine, total_steps=3)
     for checkpoints in (copied, last):
         checkpoints.save(state(3), {})
-    assert copied.memory.buffers and not last.memory.buffers
+    assert copied.memory.images and not last.memory.images
     weights = [next((tmp_path / run / "step_00000003").glob("rank_*.weight.*")).read_bytes() for run in "ab"]
     assert weights[0] == weights[1]

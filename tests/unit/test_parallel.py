@@ -55,15 +55,15 @@ def test_what_does_not_divide_is_refused(world_size, degrees, line):
 
 
 def test_launch_from_the_environment(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     alone = Launch.from_environment()
-    assert alone == Launch(rank=0, local_rank=0, world_size=1)
+    assert alone == Launch(rank=0, local_rank=0, world_size=1, local_world_size=1)
     assert alone.is_main
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     other = Launch.from_environment()
-    assert other == Launch(rank=5, local_rank=1, world_size=8)
+    assert other == Launch(rank=5, local_rank=1, world_size=8, local_world_size=8)
     assert not other.is_main
     assert not other.is_main_on_host
