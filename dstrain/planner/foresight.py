@@ -171,7 +171,8 @@ def predict_run(
         gradient_checkpointing=args.model.gradient_checkpointing,
         tiled_mlp=args.model.tiled_mlp,
         attn_implementation=args.model.attn_implementation,
-        saves_on_the_way=0 < args.run.save_steps < (resolved.facts.total_steps or args.run.max_steps),
+        # Without --max_steps the length is not known yet: it is taken to be long.
+        saves_on_the_way=args.run.save_steps > 0 and not 0 < args.run.max_steps <= args.run.save_steps,
     )
     shape = ModelShape(config, args.model)
     platform = platform_for(resolved.facts.device)

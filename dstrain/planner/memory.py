@@ -110,6 +110,8 @@ def predict_memory(
         states = states_of(case)
         in_flight = min(dims.pp_size - stage, resolved.gradient_accumulation_steps)
         phases = _phases(states, _of_stage(activations, part), in_flight, saved_copy(case, flags))
+        if platform.keeps_freed:
+            phases = _on_one_heap(phases)
         name, bytes_by_part = max(phases.items(), key=lambda item: sum(item[1].values()))
         found.append((sum(bytes_by_part.values()), stage, name, bytes_by_part, states, case))
     _, stage, phase, bytes_by_part, states, case = max(found, key=lambda item: item[0])
@@ -154,6 +156,19 @@ def _phases(states: States, stage: Trace, in_flight: int, copy: float) -> dict[s
                 phase[part] += size
         phases[name] = phase
     return phases
+
+
+def _on_one_heap(phases: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What the passes free stays with the heap, in holes too small for the flat buffers of the phases behind them:
+    these come on top. Single gradients fit."""
+    passes = {name: phases[name] for name in ("forward", "backward")}
+    fullest = max(passes.values(), key=lambda phase: sum(phase.values()))
+    joined = {}
+    for name, phase in phases.items():
+        joined[name] = dict(phase)
+        for part in ("activations", "loss", "gathered"):
+            joined[name][part] = max(phase[part], fullest[part])
+    return joined | passes
 
 
 def saved_copy(case: Case, flags: Flags) -> float:

@@ -8,23 +8,37 @@ MIB = 2.0**20
 @dataclass(frozen=True)
 class Platform:
     """on_cpu: the devices are the host's memory. runtime_bytes: of a process beside its tensors, on the device.
-    fragmentation: bytes that the allocator loses for each byte that comes and goes within a step."""
+    lost_bytes, lost_share: what the allocator loses, at all and of each byte that comes and goes within a step.
+    keeps_freed: what a phase of a step frees is not given back for the next."""
 
     on_cpu: bool
+    keeps_freed: bool
     runtime_bytes: float
-    fragmentation: float
+    lost_bytes: float
+    lost_share: float
     imports_gib: float
     shared_gib: float = 0.0
 
     def overhead(self, bytes_by_part: dict[str, float]) -> dict[str, float]:
         """The parts, with `allocator` and `runtime`."""
-        moving = sum(bytes_by_part[name] for name in ("activations", "loss", "communication", "gathered"))
-        return {**bytes_by_part, "allocator": self.fragmentation * moving, "runtime": self.runtime_bytes}
+        moving = ("activations", "loss") if self.keeps_freed else ("activations", "loss", "communication", "gathered")
+        lost = self.lost_bytes + self.lost_share * sum(bytes_by_part[name] for name in moving)
+        return {**bytes_by_part, "allocator": lost, "runtime": self.runtime_bytes}
 
 
-CPU = Platform(on_cpu=True, runtime_bytes=90 * MIB, fragmentation=0.8, imports_gib=0.36, shared_gib=66 / 1024)
+CPU = Platform(
+    on_cpu=True,
+    keeps_freed=True,
+    runtime_bytes=35 * MIB,
+    lost_bytes=62 * MIB,
+    lost_share=0.19,
+    imports_gib=0.42,
+    shared_gib=66 / 1024,
+)
 # Assumed, not measured: half a GiB of CUDA context, NCCL's buffers over NVLink, a tenth lost by the caching allocator.
-CUDA = Platform(on_cpu=False, runtime_bytes=2048 * MIB, fragmentation=0.10, imports_gib=3.0)
+CUDA = Platform(
+    on_cpu=False, keeps_freed=False, runtime_bytes=2048 * MIB, lost_bytes=0.0, lost_share=0.10, imports_gib=3.0
+)
 
 
 def platform_for(device: str | None) -> Platform:

@@ -100,14 +100,16 @@ def _plain(case: Case) -> States:
     time."""
     gradients = float(case.width * case.elements)
     flat = case.width * min(case.elements, REDUCE_BUCKET + case.part.largest)
+    own = gradients if case.accumulates or not case.on_cpu else 0.0
     return States(
         base={"parameters": gradients, "optimizer": case.moments * case.elements},
         phases={
             "forward": {"gradients": gradients if case.accumulates else 0.0},
             "backward": {"gradients": gradients if case.accumulates else 0.0},
-            "backward_end": {"gradients": gradients},
-            "reduce": {"gradients": gradients, "communication": flat},
-            "step": {"gradients": gradients},
+            # On a CPU single gradients take the place of the activations that the backward pass has freed.
+            "backward_end": {"gradients": own},
+            "reduce": {"gradients": own, "communication": flat},
+            "step": {"gradients": own},
         },
     )
 
