@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     margs = ModelArguments(**{name: getattr(args, name) for name in names}, tiled_mlp=args.tiled_mlp)
     config = load_model_config(margs)
     check_block_size(config, args.block_size)
-    cluster = Cluster(args.hosts, args.devices_per_host, find_device(args.device))
+    cluster = Cluster(args.hosts, args.devices_per_host, find_device(args.device, args.devices_per_host))
     flags = Flags(
         args.block_size,
         gradient_checkpointing=args.gradient_checkpointing,

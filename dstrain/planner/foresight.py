@@ -4,12 +4,12 @@ import os
 import socket
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
 from dstrain import distributed
-from dstrain.arguments import Arguments
+from dstrain.arguments import Arguments, ModelArguments
 from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
 from dstrain.models.build import model_class_of
@@ -26,6 +26,9 @@ class Foresight:
     """Of one run. `prediction` is run.json's; None where there was no time for one, or the model cannot be traced."""
 
     forecast: forecast.Forecast
+    config: Any
+    resolved: ResolvedConfig
+    flags: Any  # Flags
     prediction: dict[str, Any] | None = None
     work: dict[str, Any] = field(default_factory=dict)
     imports_gib: float = 0.0
@@ -61,13 +64,22 @@ class Foresight:
         if self.prediction is None:
             return
         from dstrain.planner.hardware import device_here
-        from dstrain.planner.step_time import Work, seconds_of
+        from dstrain.planner.step_time import Work, promised, seconds_of
 
+        sample = self.work.pop("sample")
         work = Work(**self.work)
         here = device_here(device, work.precision, flops_per_second)
+        if here is not None and sample is not None:
+            here = replace(here, pace=self._seconds_of_sample() / promised(here, work.precision, **sample))
         if here is not None:
             seconds = seconds_of(work, here)
             self.prediction |= {"step_time_s": seconds, "tokens_per_second": tokens / seconds}
+
+    def _seconds_of_sample(self) -> float:
+        from dstrain.planner.memory import setting_of
+        from dstrain.planner.pace import sample_of, seconds_of_sample
+
+        return seconds_of_sample(*sample_of(self.config, setting_of(self.resolved, self.flags, on_cpu=True)))
 
     def describe(self) -> str | None:
         """One line for the start of a run."""
@@ -143,12 +155,27 @@ def foresee(args: Arguments, config: Any, resolved: ResolvedConfig, block_size: 
     model_class_of(config)
     if resolved.zero_stage:
         import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # and with it torch._dynamo: 45 MiB more
-    launch = Launch.from_environment()
+    flags = _flags(args, block_size)
+    launch, quiet = Launch.from_environment(), forecast.Forecast()
     if not launch.is_main:
-        return Foresight(forecast.Forecast())
+        return Foresight(quiet, config, resolved, flags)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launch.world_size)
     billions = rough_billions(config.get_text_config())
-    return Foresight(forecast.start(lambda: predict_run(args, config, resolved, block_size, ranks), billions))
+    begun = forecast.start(lambda: predict_run(args.model, config, resolved, flags, ranks), billions)
+    return Foresight(begun, config, resolved, flags)
+
+
+def _flags(args: Arguments, block_size: int) -> Any:
+    from dstrain.planner.memory import Flags
+
+    return Flags(
+        block_size=block_size,
+        gradient_checkpointing=args.model.gradient_checkpointing,
+        tiled_mlp=args.model.tiled_mlp,
+        attn_implementation=args.model.attn_implementation,
+        # Without --max_steps the length is not known yet: it is taken to be long.
+        saves_on_the_way=args.run.save_steps > 0 and not 0 < args.run.max_steps <= args.run.save_steps,
+    )
 
 
 def rough_billions(config: Any) -> float:
@@ -157,26 +184,25 @@ def rough_billions(config: Any) -> float:
 
 
 def predict_run(
-    args: Arguments, config: Any, resolved: ResolvedConfig, block_size: int, ranks_per_host: int
+    margs: ModelArguments, config: Any, resolved: ResolvedConfig, flags: Any, ranks_per_host: int
 ) -> dict[str, Any]:
-    """run.json's `prediction` without limits and times, and the `work` of a step."""
-    from dstrain.planner.memory import Flags, predict_memory, setting_of
+    """run.json's `prediction` without limits and times, and the `work` of a step and of the sample that shows a CPU's
+    pace."""
+    from dstrain.planner.memory import predict_memory, setting_of
+    from dstrain.planner.pace import MOST_LAYER_ELEMENTS, sample_of
     from dstrain.planner.platform_costs import platform_for
     from dstrain.planner.shape import ModelShape
     from dstrain.planner.step_time import work_of
-    from dstrain.planner.tracing import trace_activations
+    from dstrain.planner.tracing import trace_activations, trace_once
 
-    flags = Flags(
-        block_size=block_size,
-        gradient_checkpointing=args.model.gradient_checkpointing,
-        tiled_mlp=args.model.tiled_mlp,
-        attn_implementation=args.model.attn_implementation,
-        # Without --max_steps the length is not known yet: it is taken to be long.
-        saves_on_the_way=args.run.save_steps > 0 and not 0 < args.run.max_steps <= args.run.save_steps,
-    )
-    shape = ModelShape(config, args.model)
+    shape = ModelShape(config, margs)
     platform = platform_for(resolved.facts.device)
-    activations = trace_activations(config, setting_of(resolved, flags, platform.on_cpu))
+    setting = setting_of(resolved, flags, platform.on_cpu)
+    activations = trace_activations(config, setting)
     needs = predict_memory(shape, lambda _: activations, resolved, flags, platform, ranks_per_host)
-    return {**needs.to_json(), "step_time_s": None, "tokens_per_second": None,
-            "work": work_of(shape, activations, resolved, block_size).to_json()}  # fmt: skip
+    sample = None
+    if platform.on_cpu and shape.parts()[0].layer <= MOST_LAYER_ELEMENTS:
+        trace = trace_once(*sample_of(config, setting))
+        sample = {"flops": trace.flops, "traffic": trace.traffic, "operators": trace.operators}
+    work = {**work_of(shape, activations, resolved, flags.block_size).to_json(), "sample": sample}
+    return {**needs.to_json(), "step_time_s": None, "tokens_per_second": None, "work": work}

@@ -1,5 +1,6 @@
 """Named devices and links, and what of them a training step gets."""
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ class Device:
     """One device and its links.
 
     memory_gib: usable, of the data sheet's. tflops: dense peak by dtype. bandwidth: of its memory, bytes/s. link: to
-    devices of the same host, network: of one device to other hosts, bytes/s, one direction. host_link: to the host's
+    devices of the same host, network: of one device to other hosts, bytes/s, one direction. latency: of a collective,
+    in seconds. host_link: to the host's
     memory; host_bandwidth: of the host's memory, which its devices share. operator_s: what starting one operator costs.
-    matmul, streaming: the shares of peak and bandwidth that real kernels of a transformer reach.
+    matmul, streaming: the shares of peak and bandwidth that kernels reach. pace: how many times longer a real layer
+    takes than these rates promise.
     """
 
     name: str
@@ -26,11 +29,13 @@ class Device:
     bandwidth: float
     link: float
     network: float
+    latency: float
     host_link: float
     host_bandwidth: float
     operator_s: float
     matmul: float
     streaming: float
+    pace: float
     host_gib_per_device: float
     source: str
 
@@ -45,7 +50,15 @@ class Device:
 # streaming, operator_s (starting a kernel from eager PyTorch), host_bandwidth, host_gib_per_device.
 _TFLOPS_HOPPER = {"bf16": 989.4, "fp16": 989.4, "fp32": 67.0}
 _TFLOPS_AMPERE = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
-_COMMON: dict[str, Any] = {"kind": "cuda", "host_bandwidth": 200e9, "operator_s": 6e-6, "matmul": 0.7, "streaming": 0.8}
+_COMMON: dict[str, Any] = {
+    "kind": "cuda",
+    "latency": 20e-6,
+    "host_bandwidth": 200e9,
+    "operator_s": 6e-6,
+    "matmul": 0.7,
+    "streaming": 0.8,
+    "pace": 1.0,
+}
 DEVICES = {
     device.name: device
     for device in (
@@ -63,22 +76,29 @@ DEVICES = {
     )
 }  # fmt: skip
 
+# Two ranks of one machine: what `measure_links` found on two cores of an Intel Xeon, for a plan without ranks to ask.
+GLOO_LINK, GLOO_LATENCY = 0.8e9, 0.5e-3
+_REDUCED_BYTES = 4 << 20
+# Where no layer was tried: of the 10 M Llama of examples/ in bf16, as `planner/pace.py` measures it.
+CPU_PACE = 2.0
 # Of the copy that measures a CPU: the size of a step's tensors.
 _COPY_BYTES = 8 << 20
 
 
-def find_device(name: str) -> Device:
-    """A named device; `cpu` is this machine, measured now (0.4 s). Raises UserError."""
+def find_device(name: str, ranks: int = 1) -> Device:
+    """A named device; `cpu` is what each of so many ranks has of this machine, measured now. Raises UserError."""
     if name == "cpu":
-        return measure_cpu()
+        return measure_cpu(max(1, (os.cpu_count() or 1) // ranks))
     if name not in DEVICES:
         raise UserError(f"--device {name} is unknown: write one of cpu, {', '.join(DEVICES)}")
     return DEVICES[name]
 
 
-def measure_cpu(seconds: float = 0.12) -> Device:
-    """This machine's rates with this process's threads: matmuls, copies, and the cost of an operator."""
+def measure_cpu(threads: int, seconds: float = 0.12) -> Device:
+    """This machine's rates with so many threads: matmuls, copies, and the cost of an operator. In 0.4 s."""
     import torch
+
+    torch.set_num_threads(threads)
 
     from dstrain.monitor.devices import measure_matmul_peak
 
@@ -90,8 +110,10 @@ def measure_cpu(seconds: float = 0.12) -> Device:
     return cpu_with({**peaks, "fp16": peaks["fp32"]}, seconds)
 
 
-def cpu_with(peaks: dict[str, float], seconds: float = 0.05) -> Device:
-    """This machine, its matmul rates known."""
+def cpu_with(
+    peaks: dict[str, float], seconds: float = 0.05, link: float = GLOO_LINK, latency: float = GLOO_LATENCY
+) -> Device:
+    """This machine, its matmul rates known, and those of its links where ranks could measure them."""
     import torch
 
     from dstrain.planner.limits import host_limit
@@ -108,16 +130,35 @@ def cpu_with(peaks: dict[str, float], seconds: float = 0.05) -> Device:
         memory_gib=host_limit().gib,
         tflops=peaks,
         bandwidth=bandwidth,
-        link=bandwidth / 4,  # gloo through shared memory: written, read, added and written again
+        link=link,
         network=1e9,
+        latency=latency,
         host_link=bandwidth,
         host_bandwidth=bandwidth,
         operator_s=operator_s,
-        matmul=0.8,
-        streaming=0.5,
+        matmul=1.0,
+        streaming=1.0,
+        pace=CPU_PACE,
         host_gib_per_device=host_limit().gib,
         source=f"measured on this machine, {torch.get_num_threads()} thread(s)",
     )
+
+
+def measure_links() -> tuple[float, float]:
+    """(bytes/s that a rank sends, seconds of a small collective) by all-reduces of the default group. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return GLOO_LINK, GLOO_LATENCY
+    large, small, best = torch.zeros(_REDUCED_BYTES // 4), torch.zeros(1), [float("inf")] * 2
+    for _ in range(4):  # the same number on every rank
+        for place, tensor in enumerate((small, large)):
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            best[place] = min(best[place], time.perf_counter() - start)
+    sent = 2 * _REDUCED_BYTES * (dist.get_world_size() - 1) / dist.get_world_size()
+    return sent / best[1], best[0]
 
 
 def _fastest(call: Any, seconds: float) -> float:
@@ -131,12 +172,12 @@ def _fastest(call: Any, seconds: float) -> float:
 
 
 def device_here(device: Any, precision: str, flops_per_second: float) -> Device | None:
-    """The device (torch.device) of this process; None for an accelerator that the table lacks.
+    """The device (torch.device) of this process; None for an accelerator that the table lacks. A collective.
 
     flops_per_second: its peak for this precision, as already found.
     """
     if device.type == "cpu":
-        return cpu_with({precision: flops_per_second / 1e12})
+        return cpu_with({precision: flops_per_second / 1e12}, 0.05, *measure_links())
     import torch
 
     name = torch.cuda.get_device_name(device).lower()

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from dstrain.config import ResolvedConfig
 from dstrain.planner.hardware import Device
 from dstrain.planner.shape import ModelShape
+from dstrain.planner.states import PERSISTENCE
 from dstrain.planner.tracing import Activations
 
 
@@ -14,7 +15,7 @@ class Work:
     """What one step asks of the busiest rank. flops of matrix products; traffic in bytes of the other operators of the
     model; operators: how many are started; update_traffic: bytes that the optimizer reads and writes, on the host where
     it is offloaded; host_traffic: bytes to and from the host. sent: bytes that a rank sends to its replicas; within: to
-    the ranks that share its samples. bubble: (m + p - 1) / m."""
+    the ranks that share its samples; messages: collectives, each with its latency. bubble: (m + p - 1) / m."""
 
     precision: str
     flops: float
@@ -25,6 +26,7 @@ class Work:
     host_traffic: float
     sent: float
     within: float
+    messages: float
     bubble: float
 
     def to_json(self) -> dict:
@@ -55,6 +57,7 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
         + (2 * width * share * micro_batches if resolved.offload_param else 0.0),
         sent=_sent(resolved, part.elements * width, ranks, micro_batches),
         within=_sent_within(shape, resolved, part.num_layers, block_size, width) * micro_batches,
+        messages=_messages(shape, resolved, part.num_layers) * micro_batches,
         bubble=(micro_batches + dims.pp_size - 1) / micro_batches,
     )
 
@@ -84,15 +87,31 @@ def _sent_within(shape: ModelShape, resolved: ResolvedConfig, num_layers: int, b
     return sent
 
 
+def _messages(shape: ModelShape, resolved: ResolvedConfig, num_layers: int) -> float:
+    """Collectives of one micro-batch."""
+    dims, count = resolved.parallel, 0.0
+    if resolved.zero_stage == 3 and dims.dp_size * dims.sp_size > 1:  # matrices are gathered one by one, in both passes
+        count += 2.0 * sum(size > PERSISTENCE for size in shape.sizes.values())
+    if dims.tp_size > 1:
+        count += 4.0 * num_layers
+    if dims.sp_size > 1:
+        count += 8.0 * num_layers
+    return count + (4.0 if dims.pp_size > 1 else 0.0)
+
+
+def promised(device: Device, precision: str, flops: float, traffic: float, operators: float) -> float:
+    """Seconds by the device's rates. A GPU works while the next operators are started, a CPU does one after another."""
+    seconds = flops / device.flops(precision) + traffic / (device.bandwidth * device.streaming)
+    launches = operators * device.operator_s
+    return seconds + launches if device.kind == "cpu" else max(seconds, launches)
+
+
 def seconds_of(work: Work, device: Device, hosts: int = 1, devices_per_host: int = 1) -> float:
     """Seconds of a step on such devices. Nothing is taken to overlap but a GPU's work and the start of its kernels."""
-    compute = work.flops / device.flops(work.precision)
-    compute += work.traffic / (device.bandwidth * device.streaming)
-    # A GPU works while the next operators are started; a CPU does one thing after the other.
-    launches = work.operators * device.operator_s
-    compute = compute + launches if device.kind == "cpu" else max(compute, launches)
+    compute = device.pace * promised(device, work.precision, work.flops, work.traffic, work.operators)
     rate = device.bandwidth * device.streaming
     if work.update_on_host and device.kind != "cpu":
         rate = device.host_bandwidth / devices_per_host
     travel = work.sent / (device.link if hosts == 1 else device.network) + work.within / device.link
+    travel += work.messages * device.latency
     return compute * work.bubble + work.update_traffic / rate + work.host_traffic / device.host_link + travel

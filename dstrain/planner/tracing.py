@@ -140,8 +140,8 @@ class _Counter(TorchDispatchMode):
 def trace_activations(config: Any, setting: Setting) -> Activations:
     """Trace `config` (of transformers; not changed) at two depths. Raises what the model's own code raises."""
     start, period = _depths(config.get_text_config())
-    shallow = _trace(_of_depth(config, start), setting)
-    deep = _trace(_of_depth(config, start + period), setting)
+    shallow = trace_once(of_depth(config, start), setting)
+    deep = trace_once(of_depth(config, start + period), setting)
     layer = (deep + shallow * -1.0) * (1.0 / period)
     return Activations(shallow + layer * -float(start), layer)
 
@@ -155,7 +155,7 @@ def _depths(config: Any) -> tuple[int, int]:
     return (min(first, total), period) if first + period <= total else (1, 1)
 
 
-def _of_depth(config: Any, layers: int) -> Any:
+def of_depth(config: Any, layers: int) -> Any:
     """A copy of a configuration with so many layers."""
     values = config.to_dict()
     text = values if config.get_text_config() is config else values.get("text_config", values)
@@ -168,7 +168,7 @@ def _of_depth(config: Any, layers: int) -> Any:
     return copy
 
 
-def _trace(config: Any, setting: Setting) -> Trace:
+def trace_once(config: Any, setting: Setting) -> Trace:
     margs = ModelArguments(
         attn_implementation=setting.attn_implementation,
         gradient_checkpointing=setting.gradient_checkpointing,

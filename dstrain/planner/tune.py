@@ -105,7 +105,7 @@ def _planner(args: argparse.Namespace) -> Any:
     margs = ModelArguments(config_name=args.config_name, config_overrides=args.config_overrides)
     config = load_model_config(margs)
     check_block_size(config, args.block_size)
-    device = find_device("cpu")
+    device = find_device("cpu", args.ranks)
     if torch.cuda.is_available():
         device = device_here(torch.device("cuda:0"), args.precision, 0.0) or DEVICES["a100-40g"]
     return Planner(config, margs, Cluster(1, args.ranks, device), Flags(args.block_size), args.precision)
