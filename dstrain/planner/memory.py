@@ -24,6 +24,8 @@ GIB = 2.0**30
 PARTS = ("parameters", "gathered", "gradients", "optimizer", "activations", "loss", "communication", "checkpoint",
          "allocator", "runtime")  # fmt: skip
 
+# Largest block that glibc's malloc takes from the heap once one of its size was freed (DEFAULT_MMAP_THRESHOLD_MAX).
+MOST_ON_HEAP = 32 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -160,15 +162,18 @@ def _phases(states: States, stage: Trace, in_flight: int, copy: float) -> dict[s
 
 def _on_one_heap(phases: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """What the passes free stays with the heap, in holes too small for the flat buffers of the phases behind them:
-    these come on top. Single gradients fit."""
+    these come on top, and one after the other, unless they are so large that malloc maps them for themselves. Single
+    gradients fit into the holes."""
     passes = {name: phases[name] for name in ("forward", "backward")}
+    later = {name: dict(phase) for name, phase in phases.items() if name not in passes}
     fullest = max(passes.values(), key=lambda phase: sum(phase.values()))
-    joined = {}
-    for name, phase in phases.items():
-        joined[name] = dict(phase)
+    buffers = [phase["communication"] for phase in later.values()]
+    for phase in later.values():
         for part in ("activations", "loss", "gathered"):
-            joined[name][part] = max(phase[part], fullest[part])
-    return joined | passes
+            phase[part] = max(phase[part], fullest[part])
+        if max(buffers) < 2 * MOST_ON_HEAP:  # a phase has a buffer and a copy of it
+            phase["communication"] = sum(buffers)
+    return passes | later
 
 
 def saved_copy(case: Case, flags: Flags) -> float:

@@ -197,7 +197,7 @@ def _stage3(case: Case) -> States:
         "forward": {"gathered": gathered, "communication": bucket + other},
         "backward": {"gathered": gathered, "communication": bucket + other, "gradients": waiting},
         "backward_end": {"gathered": gathered, "communication": touched + copy + received},
-        "step": {"gradients": step, "communication": bucket},
+        "step": {"gradients": step, "communication": bucket + _gloo(case, width * float(prefetch))},
     }
     return result
 

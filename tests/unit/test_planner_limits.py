@@ -1,8 +1,14 @@
 """How much memory there is, and what is refused."""
 
-import pytest
+import os
+import time
 
-from dstrain.planner.foresight import problems_of
+import pytest
+import torch
+
+from dstrain.errors import UserError
+from dstrain.planner import forecast
+from dstrain.planner.foresight import Foresight, problems_of
 from dstrain.planner.limits import Limit, host_limit
 
 MEMINFO = "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n"  # 8 GiB
@@ -73,3 +79,47 @@ def test_a_host_that_is_too_small_is_named_with_the_numbers():
 def test_a_device_that_is_too_small(device_gib, number):
     problems = problems_of(FOUND, "a", 1, Limit(100.0, "MemAvailable"), Limit(device_gib, "memory of X"))
     assert len(problems) == number
+
+
+class Said:
+    """A forecast that is ready."""
+
+    def __init__(self, device_gib: float):
+        host = {"imports": 0.0, "devices": device_gib, "total": device_gib}
+        self.found = {"device_gib": {"activations": device_gib, "total": device_gib}, "host_gib": host, "work": {}}
+
+    def result(self):
+        return self.found
+
+
+def foresight(said) -> Foresight:
+    return Foresight(said, config=None, resolved=None, flags=None)
+
+
+def test_a_run_that_cannot_fit_is_refused_and_by_flag_warned_of():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="the run needs .* GiB on "):
+        foresight(Said(1e6)).check(cpu, ignore_limit=False)
+    warned = foresight(Said(1e6))
+    warned.check(cpu, ignore_limit=True)
+    assert len(warned.problems) == 1 and warned.prediction["limit_gib"]["host"] < 1e6
+    fits = foresight(Said(0.001))
+    fits.check(cpu, ignore_limit=False)
+    assert fits.problems == [] and fits.prediction["device_gib"]["total"] == 0.001
+
+
+def test_without_a_forecast_a_run_starts():
+    quiet = foresight(forecast.Forecast())
+    quiet.check(torch.device("cpu"), ignore_limit=False)
+    assert quiet.prediction is None and quiet.describe() is None
+
+
+def test_a_forecast_is_another_process_that_is_waited_for_no_longer_than_its_patience(monkeypatch):
+    assert forecast.start(lambda: {"pid": os.getpid()}).result()["pid"] != os.getpid()
+    assert forecast.start(lambda: 1 / 0).result() is None
+    monkeypatch.setattr(forecast, "PATIENCE_S", 0.2)
+    slow, start = forecast.start(lambda: time.sleep(60) or {}), time.monotonic()
+    pid = slow.pid
+    assert slow.result() is None
+    assert time.monotonic() - start < 5
+    assert not os.path.exists(f"/proc/{pid}")  # ended, and waited for
