@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.analysis import (
+    DISTURBED,
     PAYS,
     Spread,
     compare,
@@ -36,7 +37,7 @@ def build_comparisons(contents: Mapping[str, Any], rows: Sequence[Mapping[str, A
         if baseline is None:
             continue
         result: dict[str, Any] = {"name": name, "baseline": baseline, "ideal": entry["case"]["ideal"]}
-        result |= dict.fromkeys(("speed", "memory", "of_ideal", "loss_difference", "tolerance", "agree"))
+        result |= dict.fromkeys(("speed", "memory", "of_ideal", "rounds", "loss_difference", "tolerance", "agree"))
         ours, theirs = good_runs(entry), good_runs(contents["cases"].get(baseline, {"runs": []}))
         found.append(result | {"reason": "one of them has no result"})
         if not ours or not theirs:
@@ -46,17 +47,26 @@ def build_comparisons(contents: Mapping[str, Any], rows: Sequence[Mapping[str, A
         found[-1] |= {"loss_difference": difference, "tolerance": tolerance, "agree": agree}
         found[-1]["reason"] = "" if agree else f"losses differ by {difference:.2g} relative: not the same training"
         if agree:
-            pairs = zip(ours, theirs, strict=False)
-            speeds = [(median(a["tokens_per_second"]), median(b["tokens_per_second"])) for a, b in pairs]
-            found[-1]["speed"] = asdict(ratio_in_turns(*zip(*speeds, strict=True)))
+            found[-1] |= ratios_of(undisturbed_pairs(ours, theirs), entry["case"]["ideal"])
             above = [by_name[x]["memory_above_imports_gib"] for x in (name, baseline)]
             found[-1]["memory"] = above[0]["median"] / above[1]["median"]
-            if entry["case"]["ideal"] != 1.0:
-                times = [
-                    median(a["step_time_s"]) / median(b["step_time_s"]) for a, b in zip(ours, theirs, strict=False)
-                ]
-                found[-1]["of_ideal"] = asdict(Spread.of([x / entry["case"]["ideal"] for x in times]))
     return found
+
+
+def undisturbed_pairs(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> list[tuple[Mapping, Mapping]]:
+    """The rounds in which both had the cores for themselves; all rounds where there is none such."""
+    pairs = list(zip(ours, theirs, strict=False))
+    quiet = [pair for pair in pairs if all(run["disturbance"] <= DISTURBED for run in pair)]
+    return quiet or pairs
+
+
+def ratios_of(pairs: Sequence[tuple[Mapping, Mapping]], ideal: float) -> dict[str, Any]:
+    speeds = [(median(a["tokens_per_second"]), median(b["tokens_per_second"])) for a, b in pairs]
+    ratios: dict[str, Any] = {"speed": asdict(ratio_in_turns(*zip(*speeds, strict=True))), "rounds": len(pairs)}
+    if ideal != 1.0:
+        times = [median(a["step_time_s"]) / median(b["step_time_s"]) / ideal for a, b in pairs]
+        ratios["of_ideal"] = asdict(Spread.of(times))
+    return ratios
 
 
 def from_dstrain(pair: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def run_of(case: Case, *, step_s: float = 0.5, above_gib: float = 0.6, losses: l
         "status": "ok",
         "reason": "",
         "seconds": 10.0,
+        "disturbance": 0.01,
         "command": ["torchrun", "dstrain/train.py"],
         "session": 0,
         "step_time_s": times,
