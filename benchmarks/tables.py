@@ -81,7 +81,7 @@ def _group_tables(report: Mapping[str, Any]) -> list[Table]:
             "Peers and baselines",
             "Tokens/s and memory above imports in units of the other's, round by round; the range over rounds "
             "in brackets.",
-            ["case", "against", "speed", "memory", "rounds", "losses differ by"],
+            ["case", "against", "speed", "of the fastest steps", "memory", "rounds", "losses differ by"],
             [_pair(pair, report["rows"]) for pair in report["comparisons"]],
         ),
         (
@@ -176,11 +176,12 @@ def _pair(pair: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
     told = from_dstrain(pair, rows)
     difference = "-" if pair["loss_difference"] is None else f"{pair['loss_difference']:.1e}"
     if not told["speed"]:
-        return [told["name"], told["against"], pair["reason"], "-", "-", difference]
+        return [told["name"], told["against"], pair["reason"], "-", "-", "-", difference]
     text = spread(told["speed"], 2)
     if pair["of_ideal"]:
         text += f"; step {pair['of_ideal']['median']:.2f} of ideal"
-    return [told["name"], told["against"], text, f"{told['memory']:.2f}", str(pair["rounds"]), difference]
+    figures = (f"{told[name]:.2f}" for name in ("speed_of_fastest", "memory"))
+    return [told["name"], told["against"], text, *figures, str(pair["rounds"]), difference]
 
 
 def _scaling(curves: Sequence[Mapping[str, Any]]) -> list[list[str]]:
