@@ -47,6 +47,7 @@ def run_of(case: Case, *, step_s: float = 0.5, above_gib: float = 0.6, losses: l
         "saves": saves,
         "deepspeed_config": config,
         "zero_stage": 2,
+        "data_sha256": "0",
         "precision": "bf16",
         "versions": {"torch": "2.13"},
         "num_parameters": 10_000_000,
