@@ -10,6 +10,8 @@ from dataclasses import dataclass
 PAYS = 0.5
 # Below this, two medians of a quiet machine differ by themselves.
 LEAST_NOISE = 0.02
+# A run beside which others used more than this share of the cores says less than one that had them alone.
+DISTURBED = 0.05
 # Steps between two saves, for a goodput that can be compared between cases.
 SAVE_EVERY = 100
 

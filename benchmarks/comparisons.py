@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.analysis import (
+    DISTURBED,
     PAYS,
     Spread,
     compare,
@@ -27,8 +28,9 @@ def good_runs(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def build_comparisons(contents: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every case that names a baseline, in units of it: speed (tokens/s, round by round), memory (above imports) and,
-    where the case has an ideal, of_ideal (step time in units of the ideal one). No ratio where they do not train the
-    same: then `agree` is false and `reason` says why.
+    where the case has an ideal, of_ideal (step time in units of the ideal one). speed_of_fastest is of the fastest step
+    of all rounds of each: what disturbs a machine only slows. No ratio where they do not train the same: then `agree`
+    is false and `reason` says why.
     """
     by_name, found = {row["name"]: row for row in rows}, []
     for name, entry in contents["cases"].items():
@@ -36,7 +38,8 @@ def build_comparisons(contents: Mapping[str, Any], rows: Sequence[Mapping[str, A
         if baseline is None:
             continue
         result: dict[str, Any] = {"name": name, "baseline": baseline, "ideal": entry["case"]["ideal"]}
-        result |= dict.fromkeys(("speed", "memory", "of_ideal", "loss_difference", "tolerance", "agree"))
+        agreement = ("loss_difference", "tolerance", "agree")
+        result |= dict.fromkeys(("speed", "speed_of_fastest", "memory", "of_ideal", "rounds", *agreement))
         ours, theirs = good_runs(entry), good_runs(contents["cases"].get(baseline, {"runs": []}))
         found.append(result | {"reason": "one of them has no result"})
         if not ours or not theirs:
@@ -46,29 +49,40 @@ def build_comparisons(contents: Mapping[str, Any], rows: Sequence[Mapping[str, A
         found[-1] |= {"loss_difference": difference, "tolerance": tolerance, "agree": agree}
         found[-1]["reason"] = "" if agree else f"losses differ by {difference:.2g} relative: not the same training"
         if agree:
-            pairs = zip(ours, theirs, strict=False)
-            speeds = [(median(a["tokens_per_second"]), median(b["tokens_per_second"])) for a, b in pairs]
-            found[-1]["speed"] = asdict(ratio_in_turns(*zip(*speeds, strict=True)))
+            found[-1] |= ratios_of(undisturbed_pairs(ours, theirs), entry["case"]["ideal"])
+            fastest = [max(speed for run in runs for speed in run["tokens_per_second"]) for runs in (ours, theirs)]
+            found[-1]["speed_of_fastest"] = fastest[0] / fastest[1]
             above = [by_name[x]["memory_above_imports_gib"] for x in (name, baseline)]
             found[-1]["memory"] = above[0]["median"] / above[1]["median"]
-            if entry["case"]["ideal"] != 1.0:
-                times = [
-                    median(a["step_time_s"]) / median(b["step_time_s"]) for a, b in zip(ours, theirs, strict=False)
-                ]
-                found[-1]["of_ideal"] = asdict(Spread.of([x / entry["case"]["ideal"] for x in times]))
     return found
+
+
+def undisturbed_pairs(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> list[tuple[Mapping, Mapping]]:
+    """The rounds in which both had the cores for themselves; all rounds where there is none such."""
+    pairs = list(zip(ours, theirs, strict=False))
+    quiet = [pair for pair in pairs if all(run["disturbance"] <= DISTURBED for run in pair)]
+    return quiet or pairs
+
+
+def ratios_of(pairs: Sequence[tuple[Mapping, Mapping]], ideal: float) -> dict[str, Any]:
+    speeds = [(median(a["tokens_per_second"]), median(b["tokens_per_second"])) for a, b in pairs]
+    ratios: dict[str, Any] = {"speed": asdict(ratio_in_turns(*zip(*speeds, strict=True))), "rounds": len(pairs)}
+    if ideal != 1.0:
+        times = [median(a["step_time_s"]) / median(b["step_time_s"]) / ideal for a, b in pairs]
+        ratios["of_ideal"] = asdict(Spread.of(times))
+    return ratios
 
 
 def from_dstrain(pair: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A comparison as a reader asks for it: name, against, speed, memory. A peer is told the other way round: what
     dstrain, its baseline, does in units of the peer."""
     program = next(row["program"] for row in rows if row["name"] == pair["name"])
-    told = {"name": pair["name"], "against": pair["baseline"], "speed": pair["speed"], "memory": pair["memory"]}
+    told = {"against": pair["baseline"], **{key: pair[key] for key in ("name", "speed", "speed_of_fastest", "memory")}}
     if program == TITLES["dstrain"] or not pair["speed"]:
         return told
     low, middle, high = (1 / pair["speed"][part] for part in ("high", "median", "low"))
-    told |= {"name": pair["baseline"], "against": pair["name"]}
-    return told | {"speed": {"median": middle, "low": low, "high": high}, "memory": 1 / pair["memory"]}
+    told |= {"name": pair["baseline"], "against": pair["name"], "speed": {"median": middle, "low": low, "high": high}}
+    return told | {name: 1 / pair[name] for name in ("speed_of_fastest", "memory")}
 
 
 def loss_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.analysis import (
+    DISTURBED,
     Spread,
     goodput,
     goodput_of_run,
@@ -42,6 +43,7 @@ def build_row(name: str, entry: Mapping[str, Any], contents: Mapping[str, Any]) 
         "status": failed["status"] if failed else "ok",
         "reason": failed["reason"] if failed else "",
         "rounds": len(good),
+        "disturbance": max((run["disturbance"] for run in good), default=None),
         "processes": case["processes"],
         "block_size": case["block_size"],
         "series": case["series"],
@@ -70,8 +72,10 @@ def _sizes(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def over_runs(runs: Sequence[Mapping[str, Any]], name: str) -> Spread | None:
-    """Over the rounds' medians where there are several, else over the steps; None where no step has the value."""
-    columns = [[value for value in run.get(name, []) if value is not None] for run in runs]
+    """Over the rounds' medians where there are several, else over the steps; None where no step has the value. Rounds
+    beside which others worked count only where there is no other."""
+    quiet = [run for run in runs if run["disturbance"] <= DISTURBED]
+    columns = [[value for value in run.get(name, []) if value is not None] for run in quiet or runs]
     columns = [column for column in columns if column]
     if not columns:
         return None

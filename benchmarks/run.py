@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.analysis import DISTURBED
 from benchmarks.cases import Case
 from benchmarks.machine import gpu_names, machine_facts
 from benchmarks.results_file import Results, todo
@@ -93,7 +94,8 @@ def line_of(case: Case, run: dict[str, Any], profile: bool) -> str:
     if "step_time_s" not in run:
         return f"{what}: {run['seconds']:.0f} s"
     step_s, gib = median(run["step_time_s"]), run["host_memory_gib"]
-    return f"{what}: {step_s:.3f} s a step, {gib:.2f} GiB, {run['seconds']:.0f} s in all"
+    text = f"{what}: {step_s:.3f} s a step, {gib:.2f} GiB, {run['seconds']:.0f} s in all"
+    return text + (f"; others used {run['disturbance']:.0%} of the cores" if run["disturbance"] > DISTURBED else "")
 
 
 def state_of(case: Case, results: Results) -> str:

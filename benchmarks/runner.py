@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -42,12 +43,17 @@ PORT = _free_port()
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. exit_code: None when it was killed at the timeout."""
+    """How a command ended.
+
+    exit_code: None when it was killed at the timeout. disturbance: the share of the machine's cores that others used
+    meanwhile, 0 to 1.
+    """
 
     exit_code: int | None
     seconds: float
     stderr: str
     killed_by_kernel: bool
+    disturbance: float = 0.0
 
 
 def run_case(case: Case, folder: Path, *, profile: bool = False) -> dict[str, Any]:
@@ -59,6 +65,7 @@ def run_case(case: Case, folder: Path, *, profile: bool = False) -> dict[str, An
     status, reason = how_it_ended(ended, folder / "run")
     reason, *words = [shown(text, folder) for text in (reason, *command)]
     record = {"status": status, "reason": reason, "seconds": round(ended.seconds, 3), "command": words}
+    record["disturbance"] = round(ended.disturbance, 4)
     if status != OK:
         return record
     if case.program != "dstrain":
@@ -124,7 +131,7 @@ def environment() -> dict[str, str]:
 def start(command: Sequence[str], folder: Path, timeout_s: float) -> Ended:
     """Run a command in its own session until it ends or is killed; leave nothing of it behind."""
     adopt_orphans()
-    before, kills, begin = shared_memory(), kernel_kills(), time.monotonic()
+    before, kills, busy, begin = shared_memory(), kernel_kills(), foreign_cpu_s(), time.monotonic()
     keep = set(descendants())
     exit_code = None
     with open(folder / "stdout.log", "wb") as out, open(folder / "stderr.log", "wb") as err:
@@ -148,7 +155,20 @@ def start(command: Sequence[str], folder: Path, timeout_s: float) -> Ended:
             process.wait()
             remove_unmapped(path for path in shared_memory() - before if f"_{PORT}_" in path.name)
     stderr = (folder / "stderr.log").read_text(errors="replace")
-    return Ended(exit_code, seconds, stderr, kernel_kills() > kills)
+    cores_s = (os.cpu_count() or 1) * (time.monotonic() - begin)
+    disturbance = max(0.0, (foreign_cpu_s() - busy) / cores_s)
+    return Ended(exit_code, seconds, stderr, kernel_kills() > kills, disturbance)
+
+
+def foreign_cpu_s() -> float:
+    """Seconds of all cores, since the machine started, that neither this process nor its ended children used; what a
+    hypervisor took away is among them."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = (
+        int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    )
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return busy - sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def kernel_kills() -> int:

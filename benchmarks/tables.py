@@ -23,7 +23,7 @@ def _case_tables(report: Mapping[str, Any]) -> list[Table]:
         (
             "Speed",
             "",
-            ["case", "tokens/s", "per rank", "step", "MFU", "of a matmul", "first step after"],
+            ["case", "tokens/s", "per rank", "step", "MFU", "of a matmul", "first step after", "others' CPU"],
             [_speed(r) for r in trained],
         ),
         (
@@ -81,7 +81,7 @@ def _group_tables(report: Mapping[str, Any]) -> list[Table]:
             "Peers and baselines",
             "Tokens/s and memory above imports in units of the other's, round by round; the range over rounds "
             "in brackets.",
-            ["case", "against", "speed", "memory", "losses differ by"],
+            ["case", "against", "speed", "of the fastest steps", "memory", "rounds", "losses differ by"],
             [_pair(pair, report["rows"]) for pair in report["comparisons"]],
         ),
         (
@@ -130,6 +130,7 @@ def _speed(row: Mapping[str, Any]) -> list[str]:
         percent(_median(row["mfu"])),
         percent(row["of_matmul"]),
         "-" if first is None else f"{first:.1f} s",
+        percent(row["disturbance"]),
     ]
 
 
@@ -175,11 +176,12 @@ def _pair(pair: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
     told = from_dstrain(pair, rows)
     difference = "-" if pair["loss_difference"] is None else f"{pair['loss_difference']:.1e}"
     if not told["speed"]:
-        return [told["name"], told["against"], pair["reason"], "-", difference]
+        return [told["name"], told["against"], pair["reason"], "-", "-", "-", difference]
     text = spread(told["speed"], 2)
     if pair["of_ideal"]:
         text += f"; step {pair['of_ideal']['median']:.2f} of ideal"
-    return [told["name"], told["against"], text, f"{told['memory']:.2f}", difference]
+    figures = (f"{told[name]:.2f}" for name in ("speed_of_fastest", "memory"))
+    return [told["name"], told["against"], text, *figures, str(pair["rounds"]), difference]
 
 
 def _scaling(curves: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.results_file import read_results
 from benchmarks.rows import PHASES
+from benchmarks.suites import SUITES
+from tests.benchmark_results import run_of
 from tests.launch import run_command
 
 SPREADS = (
@@ -26,7 +28,10 @@ def test_the_quick_suite_and_its_report(tmp_path):
         [sys.executable, "-m", "benchmarks.run", "--suite", "quick", "--out", str(tmp_path)], timeout_s=280.0
     ).check()
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["cases"] == {"ok": 4, "refused": 1}, json.dumps(read_results(last["results"])["cases"])[:5000]
+    cases = read_results(last["results"])["cases"]
+    assert last["cases"] == {"ok": 4, "refused": 1}, json.dumps(cases)[:5000]
+    made_up = run_of(SUITES["quick"]().cases[0])  # what the report's unit tests stand on
+    assert set(made_up) == set(cases["tiny zero2"]["runs"][0])
     flags = [last["results"], "--out", str(tmp_path / "report"), "--against", last["results"]]
     run_command([sys.executable, "-m", "benchmarks.report", *flags]).check()
     report = json.loads((tmp_path / "report" / "report.json").read_text(), parse_constant=pytest.fail)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks.report import build_report, main
-from tests.benchmark_results import contents_of, run_of
+from tests.benchmark_results import contents_of
 from tests.launch import ROOT
 
 
@@ -132,15 +132,3 @@ def test_files_that_are_none_are_refused_in_a_line(tmp_path, capsys):
     assert main([str(tmp_path / "x.json")]) == 2
     assert main([str(tmp_path / "missing.json")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
-
-
-def test_made_up_runs_have_the_fields_of_real_ones():
-    """What `read_run` gives, or the other tests of this file prove nothing."""
-    from benchmarks import runner
-    from benchmarks.suites import SUITES
-
-    made_up = set(run_of(SUITES["quick"]().cases[0]))
-    optional = {"status", "reason", "seconds", "command", "session", "nvme_gib"}
-    source = set(re.findall(r'"(\w+)":', (ROOT / "benchmarks" / "runner.py").read_text()))
-    known = source | set(runner._STEP_FIELDS) | set(runner._RUN_FIELDS) | optional
-    assert not made_up - known
