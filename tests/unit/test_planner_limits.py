@@ -98,7 +98,7 @@ def foresight(said) -> Foresight:
 
 def test_a_run_that_cannot_fit_is_refused_and_by_flag_warned_of():
     cpu = torch.device("cpu")
-    with pytest.raises(UserError, match="the run needs .* GiB on "):
+    with pytest.raises(UserError, match=r"the run needs .* GiB on "):
         foresight(Said(1e6)).check(cpu, ignore_limit=False)
     warned = foresight(Said(1e6))
     warned.check(cpu, ignore_limit=True)
