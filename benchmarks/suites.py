@@ -155,7 +155,7 @@ def peers() -> Suite:
 
 
 def sequence() -> Suite:
-    """Twice the sequence until memory ends: 3 GiB of data a process."""
+    """Twice the sequence until memory ends: 1.75 GiB of data a process."""
     ways = {
         "plain": ({}, ()),
         "checkpointing": ({}, ("--gradient_checkpointing", "--tiled_mlp")),
@@ -178,12 +178,12 @@ def sequence() -> Suite:
                     warmup_steps=1,
                     series=way,
                     after=before,
-                    memory_limit_gib=3.0,
+                    memory_limit_gib=1.75,
                     profile=False,
                 )
             )
             before = name
-    return Suite("sequence", "the longest sequence in 3 GiB of data a process, ZeRO-3, 2 ranks", tuple(cases))
+    return Suite("sequence", "the longest sequence in 1.75 GiB of data a process, ZeRO-3, 2 ranks", tuple(cases))
 
 
 def checkpoint() -> Suite:
