@@ -78,7 +78,7 @@ def is_settled(entry: dict[str, Any], rounds: int) -> bool:
 def todo(cases: Iterable[Case], results: Results) -> Iterator[tuple[Case, bool]]:
     """(case, with a trace) in the order in which they are to run, from what the file lacks.
 
-    Cases of one turn go round by round (A B A B); the trace follows the rounds. Ask for the next one only after the
+    Cases of one turn go round by round (A B A B); the traces follow all figures. Ask for the next one only after the
     last is recorded: a case whose `after` failed is left out, since a longer one would fail too.
     """
     cases = list(cases)
@@ -92,10 +92,10 @@ def todo(cases: Iterable[Case], results: Results) -> Iterator[tuple[Case, bool]]
                 due = number < case.rounds and len(runs) <= number and not is_settled({"runs": runs}, case.rounds)
                 if due and follows(case, results):
                     yield case, False
-        for case in group:
-            entry = results.entry(case)
-            if case.is_traced and entry["profile"] is None and entry["runs"] and entry["runs"][0]["status"] == "ok":
-                yield case, True
+    for case in cases:
+        entry = results.entry(case)
+        if case.is_traced and entry["profile"] is None and entry["runs"] and entry["runs"][0]["status"] == "ok":
+            yield case, True
 
 
 def follows(case: Case, results: Results) -> bool:

@@ -174,7 +174,7 @@ def run_all(cases, results, *, status=OK, limit=100):
 
 def test_turns_and_traces(results):
     a, b = (case_named(name, turn="t", rounds=2, profile=name == "a") for name in "ab")
-    assert run_all([a, b, case_named("c")], results) == ["a", "b", "a", "b", "a*", "c"]
+    assert run_all([a, b, case_named("c")], results) == ["a", "b", "a", "b", "c", "a*"]
     assert run_all([a, b, case_named("c")], results) == []
 
 
