@@ -69,17 +69,21 @@ class Foresight:
         sample = self.work.pop("sample")
         work = Work(**self.work)
         here = device_here(device, work.precision, flops_per_second)
-        if here is not None and sample is not None:
-            here = replace(here, pace=self._seconds_of_sample() / promised(here, work.precision, **sample))
+        if here is not None and sample is not None and (seconds := self._seconds_of_sample()):
+            here = replace(here, pace=seconds / promised(here, work.precision, **sample))
         if here is not None:
             seconds = seconds_of(work, here)
             self.prediction |= {"step_time_s": seconds, "tokens_per_second": tokens / seconds}
 
-    def _seconds_of_sample(self) -> float:
+    def _seconds_of_sample(self) -> float | None:
         from dstrain.planner.memory import setting_of
         from dstrain.planner.pace import sample_of, seconds_of_sample
 
-        return seconds_of_sample(*sample_of(self.config, setting_of(self.resolved, self.flags, on_cpu=True)))
+        try:
+            return seconds_of_sample(*sample_of(self.config, setting_of(self.resolved, self.flags, on_cpu=True)))
+        # Whatever a model's own code raises on a sample of made-up weights is no reason not to train it.
+        except Exception:  # noqa: BLE001
+            return None
 
     def describe(self) -> str | None:
         """One line for the start of a run."""
@@ -180,7 +184,8 @@ def _flags(args: Arguments, block_size: int) -> Any:
 
 def rough_billions(config: Any) -> float:
     """Parameters of a dense decoder of this width and depth, in billions: how patient to be."""
-    return (12 * config.num_hidden_layers * config.hidden_size + 2 * config.vocab_size) * config.hidden_size / 1e9
+    layers = getattr(config, "num_hidden_layers", None) or 1  # a few model types name it otherwise
+    return (12 * layers * config.hidden_size + 2 * config.vocab_size) * config.hidden_size / 1e9
 
 
 def predict_run(
@@ -203,6 +208,6 @@ def predict_run(
     sample = None
     if platform.on_cpu and shape.parts()[0].layer <= MOST_LAYER_ELEMENTS:
         trace = trace_once(*sample_of(config, setting))
-        sample = {"flops": trace.flops, "traffic": trace.traffic, "operators": trace.operators}
+        sample = {name: getattr(trace, name) for name in ("flops", "traffic", "operators")}
     work = {**work_of(shape, activations, resolved, flags.block_size).to_json(), "sample": sample}
     return {**needs.to_json(), "step_time_s": None, "tokens_per_second": None, "work": work}

@@ -2,6 +2,7 @@
 memory and its time, ranked."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,12 @@ from dstrain.models.pipeline_graph import NotAChainError
 from dstrain.models.sequence import check_sequence_parallel
 from dstrain.models.tensor import partition_config
 from dstrain.planner.hardware import Device
-from dstrain.planner.memory import Flags, Needs, predict_memory, setting_of
+from dstrain.planner.memory import DTYPES, Flags, Needs, predict_memory, setting_of
+from dstrain.planner.pace import MOST_LAYER_ELEMENTS, sample_of, seconds_of_sample
 from dstrain.planner.platform_costs import Platform, platform_for
 from dstrain.planner.shape import ModelShape
-from dstrain.planner.step_time import seconds_of, work_of
-from dstrain.planner.tracing import Activations, Setting, trace_activations
+from dstrain.planner.step_time import promised, seconds_of, work_of
+from dstrain.planner.tracing import Activations, Setting, trace_activations, trace_once
 
 # Of a device's memory: the rest is for what a prediction cannot know.
 USABLE = 0.95
@@ -112,6 +114,12 @@ class Option:
         }
 
 
+def _rank(option: Option) -> tuple:
+    """What fits, fastest first; of what is equally fast within a hundredth, what needs least."""
+    rate = round(100 * math.log(option.tokens_per_second)) if option.tokens_per_second else 0
+    return option.reason is not None, -rate, option.needs.device["total"] if option.needs else 0.0, str(option.choice)
+
+
 class Planner:
     """One model on one cluster. Traces are kept: two of each kind give every micro-batch and sequence part."""
 
@@ -120,6 +128,19 @@ class Planner:
         self.shape = ModelShape(config, margs)
         self.platform: Platform = platform_for(cluster.device.kind)
         self._traces: dict[Setting, Activations] = {}
+        if cluster.device.kind == "cpu":
+            self.cluster = replace(cluster, device=self._at_its_pace(cluster.device))
+
+    def _at_its_pace(self, device: Device) -> Device:
+        """This machine with the pace of one of the model's own layers, where that is small enough to try."""
+        if self.shape.parts()[0].layer > MOST_LAYER_ELEMENTS:
+            return device
+        dtype = DTYPES[self.precision]
+        setting = Setting(1, self.flags.block_size, dtype, dtype, attn_implementation=self.flags.attn_implementation)
+        sample = sample_of(self.config, setting)
+        trace = trace_once(*sample)
+        rates = promised(device, self.precision, trace.flops, trace.traffic, trace.operators)
+        return replace(device, pace=seconds_of_sample(*sample) / rates)
 
     def trace(self, setting: Setting) -> Activations:
         """By the number of tokens from two traces: all that a micro-batch keeps grows with it by a straight line.
@@ -182,7 +203,7 @@ class Planner:
         for choice in self.choices():
             replicas = self.cluster.world_size // (choice.tp_size * choice.pp_size * choice.sp_size)
             found.append(self._largest(choice, global_batch, replicas))
-        return sorted(found, key=lambda o: (o.reason is not None, -(o.tokens_per_second or 0.0), str(o.choice)))
+        return sorted(found, key=_rank)
 
     def _largest(self, choice: Choice, global_batch: int, replicas: int) -> Option:
         if global_batch % replicas:
