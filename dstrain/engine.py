@@ -185,16 +185,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | None = None) -> Engine:
-    """Put `model` (a `PipeStage` under a pipeline) under DeepSpeed as `resolved` asks, and compare what DeepSpeed made
+    """Put `model` (`PipeStages` under a pipeline) under DeepSpeed as `resolved` asks, and compare what DeepSpeed made
     of it with what was asked.
 
     Raises UserError when a setting was ignored.
     """
-    stage = model
+    stages = model
     if resolved.parallel.pp_size > 1:
         from dstrain.models.pipeline_module import build_pipeline_module
 
-        model = build_pipeline_module(stage, resolved.parallel, dist.get_rank())
+        model = build_pipeline_module(stages, resolved.parallel, dist.get_rank())
     sequence = build_sequence_parallel(model, resolved.parallel)
     if resolved.zero_stage == 3:
         gather_expert_blocks_whole(model)
@@ -212,7 +212,7 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
     if resolved.parallel.pp_size > 1:
         from dstrain.pipe_engine import PipeEngine
 
-        result: Engine = PipeEngine(engine, stage, resolved)
+        result: Engine = PipeEngine(engine, stages, resolved)
     else:
         head = install_fused_loss(model)
         check_loss_head(engine, head, model.config.get_text_config().vocab_size)
@@ -220,8 +220,9 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
         sequence.check(engine, head)
         result = ZeroEngine(engine, head, resolved, sequence)
     if compile == "layer":
-        for layer in decoder_layers(model):
-            layer.compile()
+        for part in stages if resolved.parallel.pp_size > 1 else [model]:
+            for layer in decoder_layers(part):
+                layer.compile()
     elif compile == "whole":
         engine.compile()
     return result

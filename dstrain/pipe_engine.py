@@ -1,4 +1,4 @@
-"""The pipeline behind the engine's seam: DeepSpeed's 1F1B schedule over stages of a Hugging Face model.
+"""The pipeline behind the engine's seam: DeepSpeed's 1F1B or DualPipeV schedule over stages of a Hugging Face model.
 
 Every rank of a pipeline gets the same micro-batches from its loader, so only hidden states travel.
 """
@@ -12,26 +12,28 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep
 from torch import nn
+from torch.nn.functional import pad
 
 from dstrain.config import ResolvedConfig
 from dstrain.engine import Batch, StepResult, count_tokens, to_device
-from dstrain.models.pipeline_module import PipeStage
+from dstrain.models.pipeline_module import PipeStages
 from dstrain.phases import phase
 
 
 class PipeEngine:
     """Pipeline stages, with data parallelism over whole pipelines and ZeRO-0 or 1."""
 
-    def __init__(self, engine: Any, stage: PipeStage, resolved: ResolvedConfig):
+    def __init__(self, engine: Any, stages: PipeStages, resolved: ResolvedConfig):
         self.deepspeed = engine
-        self.stage = stage
+        self.stages = stages
         self.resolved = resolved
         self.device = engine.device
         # The engine looks its instructions up here: its own table stays as it is.
         engine._INSTRUCTION_MAP = {kind: _marked(kind, run) for kind, run in engine._INSTRUCTION_MAP.items()}
         found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, stage.check_head())
-        self.plain_loss_reason: str | None = found[-1]  # the last rank has a last stage
+        dist.all_gather_object(found, stages.check_head())
+        # 1F1B has the head on the last pipeline rank, DualPipeV on the first.
+        self.plain_loss_reason: str | None = found[0 if resolved.dualpipev else -1]
         self._shapes: tuple | None = None
         self._plain_norm: torch.Tensor | None = None
         if resolved.zero_stage == 0 and resolved.precision == "fp32":
@@ -40,18 +42,17 @@ class PipeEngine:
 
     @property
     def model(self) -> nn.Module:
-        return self.stage.whole
+        return self.stages.whole
 
     def train_batch(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over the micro-batches of this rank's pipeline; see `ZeroEngine.train_batch`."""
         assert len(batches) == self.resolved.gradient_accumulation_steps
         engine, dims = self.deepspeed, self.resolved.parallel
-        batches = [to_device(batch, self.device) for batch in batches]
+        batches = self._fit_shapes([to_device(batch, self.device) for batch in batches], training=True)
         tokens, processed = self._sum(torch.stack([count_tokens(batch) for batch in batches]).sum(0)) / dims.pp_size
         learning_rate = engine.get_lr()[0]
-        self._fit_shapes(batches, training=True)
         # As in ZeroEngine: DeepSpeed averages over micro-batches and over the ranks that share gradients.
-        self.stage.begin(batches, (len(batches) * dims.dp_size / tokens.clamp(min=1)).float())
+        self.stages.begin(batches, (len(batches) * dims.dp_size / tokens.clamp(min=1)).float())
         engine.train_batch(_nothing(self.device))
         (loss_sum,) = self._sum(self._own_loss())
         return StepResult(
@@ -66,30 +67,35 @@ class PipeEngine:
 
     def eval_batch(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of token losses and number of label tokens over the global batch, both 0-d float64. A collective."""
-        batches = [to_device(batch, self.device) for batch in batches]
+        batches = self._fit_shapes([to_device(batch, self.device) for batch in batches], training=False)
         tokens = torch.stack([count_tokens(batch) for batch in batches]).sum(0)[:1] / self.resolved.parallel.pp_size
-        self._fit_shapes(batches, training=False)
-        self.stage.begin(batches, 1.0)
+        self.stages.begin(batches, 1.0)
         self.deepspeed.eval_batch(_nothing(self.device), bcast_loss=False, num_micro_batches=len(batches))
         loss_sum, tokens = self._sum(torch.cat([self._own_loss(), tokens]))
         return loss_sum, tokens
 
     def _own_loss(self) -> torch.Tensor:
         """This rank's sum of token losses, a new float64 [1]: only the last stage has one."""
-        return self.stage.loss_sum.to(self.device).reshape(1).clone()
+        return self.stages.loss_sum.to(self.device).reshape(1).clone()
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a 1-d float64 tensor over all ranks, in place."""
         dist.all_reduce(values)
         return values
 
-    def _fit_shapes(self, batches: Sequence[Batch], *, training: bool) -> None:
-        """DeepSpeed tells the next stage its shapes once and keeps the buffers: tell them anew when they change."""
+    def _fit_shapes(self, batches: list[Batch], *, training: bool) -> list[Batch]:
+        """DeepSpeed tells the next stage its shapes once and keeps the buffers: tell them anew when they change.
+
+        DualPipeV has one shape for all micro-batches: they are padded to the longest.
+        """
+        if self.resolved.dualpipev:
+            batches = pad_alike(batches)
         shapes = {tuple(batch["input_ids"].shape) for batch in batches}
         self.deepspeed.dynamic_shape = len(shapes) > 1
         if (training, shapes) != self._shapes:
             self.deepspeed.reset_activation_shape()
         self._shapes = (training, shapes)
+        return batches
 
     def _plain_step(self, step: Callable[..., Any], *args: Any) -> None:
         """The optimizer's step, left out on every rank where a gradient of any is not finite.
@@ -106,7 +112,7 @@ class PipeEngine:
     @torch.no_grad()
     def _gradient_norm(self) -> torch.Tensor:
         """L2 norm of the averaged gradients over all stages, a tied parameter counted once. A collective."""
-        parameters = [p for p in self.stage.parameters() if p.grad is not None and not p.ds_pipe_replicated]
+        parameters = [p for p in self.stages.parameters() if p.grad is not None and not p.ds_pipe_replicated]
         norm = torch.nn.utils.get_total_norm([p.grad.float() for p in parameters])
         squared = norm.double().square().reshape(1)
         (total,) = self._sum(squared) / self.resolved.parallel.dp_size
@@ -125,6 +131,19 @@ def _marked(kind: type, run: Callable[..., None]) -> Callable[..., None]:
             run(engine, **arguments)
 
     return marked
+
+
+def pad_alike(batches: list[Batch]) -> list[Batch]:
+    """Micro-batches of one length: shorter ones get columns on the right that carry no loss and are not attended to."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    fill = {"labels": -100}
+    padded = []
+    for batch in batches:
+        missing = longest - batch["input_ids"].shape[1]
+        if missing and "position_ids" not in batch:  # packed padding is a run of documents of one token: position 0
+            batch = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+        padded.append({name: pad(tensor, (0, missing), value=fill.get(name, 0)) for name, tensor in batch.items()})
+    return padded
 
 
 def _nothing(device: torch.device) -> Any:

@@ -222,15 +222,16 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
 
 
 def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: int) -> Any:
-    """The model, or this rank's stage of it."""
+    """The model, or this rank's stages of it."""
     from dstrain import distributed
     from dstrain.models.build import build_model
-    from dstrain.models.pipeline_build import build_stage
+    from dstrain.models.pipeline_build import build_stages
 
     common = {"seed": args.run.seed, "dtype": _parameter_dtype(resolved), "device": distributed.device()}
     dims = resolved.parallel
     if dims.pp_size > 1:
-        return build_stage(args.model, config, index=dims.pp_rank(rank), num_stages=dims.pp_size, **common)
+        place = {"pipe_rank": dims.pp_rank(rank), "pp_size": dims.pp_size, "folded": resolved.dualpipev}
+        return build_stages(args.model, config, **place, **common)
     zero3_config = resolved.deepspeed if resolved.zero_stage == 3 else None
     return build_model(args.model, config, zero3_config=zero3_config, **common)
 

@@ -13,6 +13,7 @@ from dstrain.config.load import apply_overrides, get_value, leaves, parse_overri
 from dstrain.config.reading import autocast_dtype, class_of, offload_device, precision
 from dstrain.config.rules import EARLY, RULES, check_rules
 from dstrain.config.schema import check_schema, meant, whole_numbers
+from dstrain.config.schema_keys import DUALPIPEV
 from dstrain.errors import UserError
 from dstrain.parallel import ParallelDims
 
@@ -74,6 +75,11 @@ class ResolvedConfig:
     @property
     def scheduler_type(self) -> str | None:
         return get_value(self.deepspeed, "scheduler.type")
+
+    @property
+    def dualpipev(self) -> bool:
+        """Whether the pipeline runs DualPipeV, with two stages a rank, instead of 1F1B with one."""
+        return self.parallel.pp_size > 1 and get_value(self.deepspeed, "pipeline.partition") == DUALPIPEV
 
     @property
     def gradient_clipping(self) -> float:

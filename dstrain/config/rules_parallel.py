@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dstrain.config.case import Case, Repair, Rule
-from dstrain.config.schema_keys import PIPELINE, TENSOR_PARALLEL
+from dstrain.config.schema_keys import DUALPIPEV, PIPELINE, TENSOR_PARALLEL
 
 
 def pipeline_stage(case: Case) -> Iterator[str]:
@@ -25,7 +25,12 @@ def pipeline_clipping(case: Case) -> Iterator[str]:
 def pipeline_checkpointing(case: Case) -> Iterator[str | Repair]:
     if not case.pipeline:
         return
-    recomputes = case.facts.gradient_checkpointing or case.get("pipeline.activation_checkpoint_interval")
+    if case.get("pipeline.activation_checkpoint_interval"):
+        yield (
+            "pipeline.activation_checkpoint_interval counts DeepSpeed's layers, of which a stage is one: leave it out, "
+            "and add the flag --gradient_checkpointing, which recomputes the model's own"
+        )
+    recomputes = case.facts.gradient_checkpointing
     given = case.get("pipeline.use_reentrant")
     if recomputes and given is True:
         yield "pipeline.use_reentrant true loses the gradients of integer inputs: leave it out"
@@ -42,9 +47,26 @@ def pipeline_keys_without_stages(case: Case) -> Iterator[str]:
                 yield f"pipeline.{key} is ignored without pipeline.stages above 1: leave it out"
         if not values:
             yield 'pipeline is empty and does nothing: write "stages": N, or leave it out'
-    for key in ("partition", "seed_layers"):
-        if case.pipeline and case.get(f"pipeline.{key}", PIPELINE.keys[key].default) != PIPELINE.keys[key].default:
-            yield f"pipeline.{key} is read by nothing in DeepSpeed 0.19.8: leave it out"
+    if case.pipeline and case.get("pipeline.seed_layers"):
+        yield "pipeline.seed_layers is read by nothing in DeepSpeed 0.19.8: leave it out"
+
+
+def pipeline_partition(case: Case) -> Iterator[str]:
+    partition = case.get("pipeline.partition", PIPELINE.keys["partition"].default)
+    if not case.pipeline or partition == PIPELINE.keys["partition"].default:
+        return
+    if partition != DUALPIPEV:
+        yield (
+            f"pipeline.partition {partition} is read by nothing in DeepSpeed 0.19.8, and stages are balanced by "
+            f"themselves: leave it out, or write {DUALPIPEV} for that schedule with two stages a rank"
+        )
+        return
+    needed, found = 2 * case.dims.pp_size, case.get("gradient_accumulation_steps")
+    if found is not None and found < needed:
+        yield (
+            f"pipeline.partition {DUALPIPEV} needs at least 2 x stages = {needed} micro-batches a step and has "
+            f"{found}: write a smaller train_micro_batch_size_per_gpu, or leave partition out"
+        )
 
 
 def one_model_parallelism(case: Case) -> Iterator[str]:
@@ -97,7 +119,11 @@ def tensor_parallel_plan(case: Case) -> Iterator[Repair]:
 
 def expert_parallel(case: Case) -> Iterator[str]:
     if case.get("expert_parallel.enabled") is True:
-        yield "expert_parallel does not work with transformers 5 in DeepSpeed 0.19.8: leave it out"
+        yield (
+            "expert_parallel splits and renames the experts in ways that dstrain's checkpoints and exports do not "
+            "know, and in DeepSpeed 0.19.8 it ends in a TypeError for Mixtral and Qwen3-MoE of transformers 5.23: "
+            "leave it out; zero_optimization.stage 3 divides experts over the ranks too (ds_configs/moe_zero3.json)"
+        )
     if case.get("use_data_before_expert_parallelism"):
         yield "use_data_before_expert_parallelism is read with expert parallelism only: leave it out"
 
@@ -127,6 +153,7 @@ RULES: tuple[Rule, ...] = (
     pipeline_clipping,
     pipeline_checkpointing,
     pipeline_keys_without_stages,
+    pipeline_partition,
     one_model_parallelism,
     data_parallel_size,
     tensor_parallel_keys,

@@ -229,6 +229,9 @@ EXPERT_PARALLEL = block(
     shared_experts_gate_pattern=text(),
     expert_activation=text(),
 )
+# A value of pipeline.partition, which DeepSpeed 0.19.8 does not read: dstrain lays the layers over the ranks in a V, so
+# that DeepSpeed's DualPipeV schedule can run them. DeepSpeed itself chooses that by the class of the module alone.
+DUALPIPEV = "dualpipev"
 # runtime/config.py, get_pipeline_config; runtime/pipe/engine.py adds use_reentrant
 PIPELINE = block(
     stages=integer(None, low=1),

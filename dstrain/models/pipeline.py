@@ -90,7 +90,7 @@ def plan_pipeline(model: nn.Module, num_stages: int, inputs: Mapping[str, Tensor
         return plan_stages(model, probe_layers(model, inputs), num_stages)
     except NotAChainError as reason:
         raise UserError(
-            f"pipeline.stages={num_stages}: {type(model).__name__} cannot be cut: {reason}; "
+            f"pipeline.stages: {type(model).__name__} cannot be cut into {num_stages} stages: {reason}; "
             "use ZeRO instead (remove the pipeline block)"
         ) from None
 

@@ -1,4 +1,4 @@
-"""Build the stage of one rank: planned on meta, then only its own weights made or read."""
+"""Build the stages of one rank: planned on meta, then only its own weights made or read."""
 
 from typing import Any
 
@@ -10,8 +10,20 @@ from dstrain.errors import UserError
 from dstrain.models.build import build_skeleton, save_activations
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
-from dstrain.models.pipeline_module import PipeStage
+from dstrain.models.pipeline_module import PipeStage, PipeStages
 from dstrain.models.stage import prune
+
+
+def build_stages(
+    margs: ModelArguments, config: PreTrainedConfig, *, pipe_rank: int, pp_size: int, folded: bool, **how: Any
+) -> PipeStages:
+    """The stages of one of `pp_size` pipeline ranks; see `build_stage`.
+
+    folded: two a rank, from both ends of the model (DualPipeV), so that the first rank has embedding and head.
+    """
+    indices = (pipe_rank, 2 * pp_size - 1 - pipe_rank) if folded else (pipe_rank,)
+    num_stages = pp_size * len(indices)
+    return PipeStages([build_stage(margs, config, index=k, num_stages=num_stages, **how) for k in indices])
 
 
 def build_stage(

@@ -143,11 +143,59 @@ class _Gradient:
         return self.parameter._hp_grad
 
 
-def build_pipeline_module(stage: PipeStage, dims: ParallelDims, rank: int) -> nn.Module:
-    """`stage` of this rank as a DeepSpeed PipelineModule over all ranks. A collective: it makes process groups."""
-    from deepspeed.pipe import PipelineModule
+class PipeStages(nn.ModuleList):
+    """The stages of one rank, in the order in which a sample meets them: one, or with DualPipeV two, of which the
+    second is as far from the end as the first is from the beginning. What they share is one parameter."""
 
-    class StagedModule(PipelineModule):
+    def __init__(self, stages: Sequence[PipeStage]):
+        super().__init__(stages)
+        self.own = tuple(stages)
+        for later in stages[1:]:
+            _share(stages[0], later)
+
+    @property
+    def plan(self) -> PipelinePlan:
+        return self.own[0].plan
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model on meta."""
+        return self.own[0].whole
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Sum of the token losses since `begin`, float64 0-d; 0 where there is no last stage."""
+        return self.own[-1].loss_sum
+
+    def pipe_ranks(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """Which pipeline ranks hold these stages: with two a rank, the second half runs back over the ranks."""
+        last = self.plan.num_stages - 1
+        return tuple(sorted({min(k, last - k) if len(self.own) > 1 else k for k in indices}))
+
+    def begin(self, batches: Sequence[dict[str, Tensor]], scale: Tensor | float) -> None:
+        for stage in self.own:
+            stage.begin(batches, scale)
+
+    def check_head(self) -> str | None:
+        return self.own[-1].check_head()
+
+
+def _share(first: PipeStage, later: PipeStage) -> None:
+    """Let `later` use the parameters of `first` in place of its own copies of them."""
+    ours, theirs = (dict(stage.model.named_parameters()) for stage in (first, later))
+    shared = {id(theirs[name]): ours[name] for name in ours.keys() & theirs.keys()}
+    for module in later.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in shared:
+                module._parameters[name] = shared[id(parameter)]
+
+
+def build_pipeline_module(stages: PipeStages, dims: ParallelDims, rank: int) -> nn.Module:
+    """The stages of this rank as a DeepSpeed PipelineModule over all ranks: 1F1B for one stage a rank, DualPipeV for
+    two. A collective: it makes process groups."""
+    from deepspeed.pipe import DualPipeVModule, PipelineModule
+
+    class StagedModule(PipelineModule if len(stages) == 1 else DualPipeVModule):  # type: ignore[misc]
         """Built here, as importing DeepSpeed at the top would slow every use of the planner."""
 
         def get_tied_weights_and_groups(self):
@@ -156,27 +204,29 @@ def build_pipeline_module(stage: PipeStage, dims: ParallelDims, rank: int) -> nn
     class Foreign(nn.Module):
         """Stands for a stage of another rank."""
 
-    layers = [stage if k == stage.index else Foreign() for k in range(dims.pp_size)]
+    own = {stage.index: stage for stage in stages.own}
+    layers = [own.get(k) or Foreign() for k in range(stages.plan.num_stages)]
     with redirect_stdout(None):  # it prints its layers
         module = StagedModule(layers, num_stages=dims.pp_size, partition_method="uniform")
-    module.tied_gradients = _join_tied(stage, dims, rank)
+    module.tied_gradients = _join_tied(stages, dims, rank)
     return module
 
 
-def _join_tied(stage: PipeStage, dims: ParallelDims, rank: int) -> list[tuple[_Gradient, Any]]:
-    """Process groups over the stages that hold copies of a parameter; those after the first count as replicas."""
-    own = dict(stage.model.named_parameters())
+def _join_tied(stages: PipeStages, dims: ParallelDims, rank: int) -> list[tuple[_Gradient, Any]]:
+    """Process groups over the ranks that hold copies of a parameter; those after the first count as replicas."""
+    own = {name: p for stage in stages.own for name, p in stage.model.named_parameters()}
     replicas = dims.world_size // dims.pp_size
+    holders = {name: stages.pipe_ranks(indices) for name, indices in stages.plan.tied.items()}
     found = []
     groups: dict[tuple[int, ...], Any] = {}
-    for stages in sorted(set(stage.plan.tied.values())):
+    for pipe_ranks in sorted({at for at in holders.values() if len(at) > 1}):
         for offset in range(replicas):
-            ranks = [k * replicas + offset for k in stages]
+            ranks = [k * replicas + offset for k in pipe_ranks]
             group = torch.distributed.new_group(ranks)
             if rank in ranks:
-                groups[stages] = group
-    for name, stages in stage.plan.tied.items():
-        if stage.index in stages:
-            own[name].ds_pipe_replicated = stage.index != stages[0]  # counted once in the gradient's norm
-            found.append((_Gradient(own[name]), groups[stages]))
+                groups[pipe_ranks] = group
+    for name, at in holders.items():
+        if name in own and len(at) > 1:
+            own[name].ds_pipe_replicated = dims.pp_rank(rank) != at[0]  # counted once in the gradient's norm
+            found.append((_Gradient(own[name]), groups[at]))
     return found

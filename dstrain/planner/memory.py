@@ -105,12 +105,14 @@ def predict_memory(
     """
     dims = resolved.parallel
     activations = trace(setting_of(resolved, flags, platform.on_cpu))
-    parts = shape.parts(dims.pp_size, dims.tp_size)
+    parts = shape.parts(dims.pp_size, dims.tp_size, folded=resolved.dualpipev)
     found = []
     for stage, part in enumerate(parts):
         case = Case(resolved, part, ranks=dims.dp_size * dims.sp_size, on_cpu=platform.on_cpu)
         states = states_of(case)
-        in_flight = min(dims.pp_size - stage, resolved.gradient_accumulation_steps)
+        # 1F1B; DualPipeV keeps one more than there are ranks, everywhere (arXiv 2412.19437, table 2).
+        in_flight = dims.pp_size + 1 if resolved.dualpipev else dims.pp_size - stage
+        in_flight = min(in_flight, resolved.gradient_accumulation_steps)
         phases = _phases(states, _of_stage(activations, part), in_flight, saved_copy(case, flags))
         if platform.keeps_freed:
             phases = _on_one_heap(phases)

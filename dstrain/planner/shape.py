@@ -19,7 +19,7 @@ from dstrain.planner.tracing import tensor_cuts
 
 @dataclass(frozen=True)
 class Part:
-    """What one pipeline stage (without a pipeline: every rank) holds, in elements, after tensor parallelism.
+    """What one pipeline rank (without a pipeline: every rank) holds, in elements, after tensor parallelism.
 
     largest: of one parameter. layer: of one decoder layer, the largest. first, last: has the embedding, has the head.
     """
@@ -38,7 +38,7 @@ class ModelShape:
     def __init__(self, config: Any, margs: ModelArguments):
         self.config = config
         self.model = build_skeleton(margs, config, torch.bfloat16)
-        self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._parts: dict[tuple[int, int, bool], list[Part]] = {}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -61,31 +61,39 @@ class ModelShape:
     def _cuts(self) -> set[str]:
         return {name for name, _ in tensor_cuts(self.model)}
 
-    def parts(self, pp_size: int = 1, tp_size: int = 1) -> list[Part]:
-        """One per pipeline stage. Raises NotAChainError for a model that cannot be cut so."""
-        if (pp_size, tp_size) not in self._parts:
-            self._parts[pp_size, tp_size] = self._cut(pp_size, tp_size)
-        return self._parts[pp_size, tp_size]
+    def parts(self, pp_size: int = 1, tp_size: int = 1, *, folded: bool = False) -> list[Part]:
+        """One per pipeline rank. folded: each holds two stages (DualPipeV).
 
-    def _cut(self, pp_size: int, tp_size: int) -> list[Part]:
+        Raises NotAChainError for a model that cannot be cut so.
+        """
+        key = (pp_size, tp_size, folded)
+        if key not in self._parts:
+            self._parts[key] = self._cut(*key)
+        return self._parts[key]
+
+    def _cut(self, pp_size: int, tp_size: int, folded: bool) -> list[Part]:
         sizes = self._cut_sizes(tp_size)
         names = [frozenset(sizes)]
         bounds: tuple[int, ...] = (0, self.num_layers)
         if pp_size > 1:
-            plan = plan_stages(self.model, self._graph, pp_size)
+            plan = plan_stages(self.model, self._graph, pp_size * (2 if folded else 1))
             names, bounds = list(plan.needs), plan.bounds
-        layer = self._largest_layer(sizes)
-        return [
-            Part(
-                elements=sum(sizes[name] for name in names[k]),
-                largest=max(sizes[name] for name in names[k]),
-                layer=layer,
-                num_layers=bounds[k + 1] - bounds[k],
-                first=k == 0,
-                last=k == len(names) - 1,
+        layer, last = self._largest_layer(sizes), len(names) - 1
+        found = []
+        for rank in range(pp_size):
+            stages = (rank, last - rank) if folded else (rank,)
+            held = frozenset[str]().union(*(names[k] for k in stages))
+            found.append(
+                Part(
+                    elements=sum(sizes[name] for name in held),
+                    largest=max(sizes[name] for name in held),
+                    layer=layer,
+                    num_layers=sum(bounds[k + 1] - bounds[k] for k in stages),
+                    first=0 in stages,
+                    last=last in stages,
+                )
             )
-            for k in range(len(names))
-        ]
+        return found
 
     def _cut_sizes(self, tp_size: int) -> Mapping[str, int]:
         if tp_size == 1:

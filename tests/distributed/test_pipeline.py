@@ -14,8 +14,11 @@ from tests.forked import train
 ROUTER = {name: {"output_router_logits": True} for name in ("mixtral", "qwen3_moe")}
 
 
-def stages(num_stages: int) -> dict[str, Any]:
-    return {"pipeline": {"stages": num_stages}}
+DUALPIPEV = {"partition": "dualpipev"}
+
+
+def stages(num_stages: int, **more: Any) -> dict[str, Any]:
+    return {"pipeline": {"stages": num_stages, **more}}
 
 
 def model_of(name: str) -> dict[str, Any]:
@@ -65,21 +68,29 @@ def test_three_stages_with_each_optimizer(single, tmp_path, config, stage, toler
     compare(single, tmp_path, "llama_tied", config, stages(3) | zero(stage), 3, tolerance=tolerance)
 
 
+SCHEDULES = pytest.mark.parametrize(
+    "more", [{}, pytest.param(DUALPIPEV, marks=pytest.mark.exhaustive)], ids=["1f1b", "dualpipev"]
+)
+
+
+@SCHEDULES
 @pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--packing"])
-def test_checkpointing_and_packed_documents(single, tmp_path, flag):
-    compare(single, tmp_path, "llama", "sgd", stages(2) | zero(1), 2, flag)
+def test_checkpointing_and_packed_documents(single, tmp_path, flag, more):
+    compare(single, tmp_path, "llama", "sgd", stages(2, **more) | zero(1), 2, flag)
 
 
-def test_padded_micro_batches_of_many_lengths(single, tmp_path):
+@SCHEDULES
+def test_padded_micro_batches_of_many_lengths(single, tmp_path, more):
     rows = [{"prompt": f"Count to {n}:", "completion": " ".join(map(str, range(n % 9)))} for n in range(1, 200)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    compare(single, tmp_path / "run", "llama", "sgd", stages(2) | zero(1), 2, "--train_file", str(file))
+    compare(single, tmp_path / "run", "llama", "sgd", stages(2, **more) | zero(1), 2, "--train_file", str(file))
 
 
-def test_optimizer_offload(single, tmp_path):
+@SCHEDULES
+def test_optimizer_offload(single, tmp_path, more):
     offloaded = zero(1, offload_optimizer={"device": "cpu"})
-    compare(single, tmp_path, "llama_tied", "sgd", stages(2) | offloaded, 2)
+    compare(single, tmp_path, "llama_tied", "sgd", stages(2, **more) | offloaded, 2)
 
 
 def test_a_pretrained_model_continues_from_its_own_loss(tmp_path, shared_data):
@@ -103,8 +114,32 @@ def test_a_pretrained_model_continues_from_its_own_loss(tmp_path, shared_data):
     assert 0.9 < sum(losses[1]) / 4 < 1.5
 
 
+@pytest.mark.parametrize("model", thinned(NAMES, "llama_tied", "mixtral"))
+def test_dualpipev_equals_one_rank(single, tmp_path, model):
+    """Four stages, two a rank; ends and beginnings of tied models on one rank."""
+    compare(single, tmp_path, model, "sgd", stages(2, **DUALPIPEV) | zero(1), 2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("config", "stage", "tolerance"), [("sgd", 0, 1e-5), ("clipped", 1, 1e-5), ("adamw", 1, 1e-5), ("bf16", 1, 2e-2)]
+)
+def test_dualpipev_with_each_optimizer(single, tmp_path, config, stage, tolerance):
+    compare(single, tmp_path, "gpt2", config, stages(2, **DUALPIPEV) | zero(stage), 2, tolerance=tolerance)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("num_stages", "ranks"), [(2, 4), (3, 3)])
+def test_dualpipev_over_more_ranks(tmp_path, num_stages, ranks):
+    config, model = SGD | {"train_micro_batch_size_per_gpu": 1}, model_of("mixtral") | {"num_hidden_layers": 6}
+    reference = run(tmp_path / "one", model, config)
+    parallel = run(tmp_path / "more", model, config | stages(num_stages, **DUALPIPEV) | zero(1), ranks=ranks)
+    parallel.assert_equals(reference)
+
+
 def test_a_model_that_is_no_chain_is_refused(tmp_path):
     xlm = {"model_type": "xlm", "emb_dim": 32, "n_layers": 4, "n_heads": 4, "vocab_size": 320}
     result = start(tmp_path, xlm, SGD | MICRO | stages(2) | zero(1), ranks=2)
     assert result.exit_code == 2
-    assert "cannot be cut: layer 3 reads what layer 0 made" in result.stderr and "use ZeRO instead" in result.stderr
+    assert "cannot be cut into 2 stages: layer 3 reads what layer 0 made" in result.stderr
+    assert "use ZeRO instead" in result.stderr

@@ -5,6 +5,7 @@ the random generators of every rank.
 """
 
 import pytest
+from safetensors.torch import load_file
 
 from tests import checkpoints as ck
 from tests.distributed.parity import thinned
@@ -61,3 +62,30 @@ KEPT = ["zero0-1", "zero0-2", "zero2-sgd-2", "zero0-torch-adam-1", "zero0-adagra
 def test_same_layout_gives_the_same_bits(name, tmp_path):
     values, ranks = LAYOUTS[name]
     assert_resumes_bit_exactly(tmp_path, values, ranks, model={"attention_dropout": 0.1})
+
+
+@pytest.mark.exhaustive
+def test_dualpipev_resumes_bit_exactly_and_crosses_to_other_layouts(tmp_path):
+    """Two stages a rank hold what one stage a rank, or one rank, holds under the same names."""
+    model = {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    micro = {"train_micro_batch_size_per_gpu": 1}
+    folded = ck.config(1, pipeline={"stages": 2, "partition": "dualpipev"}, **micro)
+    assert_resumes_bit_exactly(tmp_path, folded, 2, model=model)
+    whole, losses = tmp_path / "whole", {}
+    for name, values, ranks in (
+        ("1f1b", ck.config(1, pipeline={"stages": 2}, **micro), 2),
+        ("zero3", ck.config(3), 2),
+    ):
+        ck.interrupt(whole, tmp_path / name)
+        losses[name] = ck.start(tmp_path / name, values, ranks, model=model).check().losses()
+        ck.interrupt(tmp_path / name, tmp_path / f"{name}_back")
+        losses[f"{name}_back"] = ck.start(tmp_path / f"{name}_back", folded, 2, model=model).check().losses()
+    (tmp_path / "plain_inputs").mkdir()
+    plain = ck.start(tmp_path / "plain", ck.config(1), 1, "--export", model=model).check()
+    exported = ck.start(tmp_path / "exported", folded, 2, "--export", model=model).check()
+    for name, found in losses.items():
+        assert found == pytest.approx(plain.losses(), rel=1e-5), name
+    ours, theirs = (load_file(r.run_dir / "export" / "model.safetensors") for r in (exported, plain))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-5, name

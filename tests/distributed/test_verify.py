@@ -18,7 +18,7 @@ from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode
 from dstrain.verify import Comparison, Starter, first_difference, report, verify
 from tests import forked
-from tests.distributed.parity import ADAMW, BF16, LLAMA, MODELS, SGD, SGD_CLIPPED, zero
+from tests.distributed.parity import ADAMW, BF16, LLAMA, MODELS, SGD, SGD_CLIPPED, thinned, zero
 
 Patch = Callable[[], None]
 PP2, TP2, SP2 = {"pipeline": {"stages": 2}}, {"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}
@@ -76,7 +76,18 @@ EQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", EQUAL)
+ROUTER = MODELS["mixtral"] | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+ONE_ROW = {"train_micro_batch_size_per_gpu": 1}  # the load-balancing loss is of a micro-batch
+MORE_EQUAL = {
+    "pp2 packed": (LLAMA, SGD | PP2 | zero(1) | ONE_ROW, "--packing"),
+    "pp2 dualpipev": (LLAMA, ADAMW | zero(1) | ONE_ROW | {"pipeline": {"stages": 2, "partition": "dualpipev"}}),
+    "zero3 router loss": (ROUTER, SGD | zero(3) | ONE_ROW),
+    "pp2 router loss": (ROUTER, SGD | PP2 | zero(1) | ONE_ROW),
+}
+EQUAL |= MORE_EQUAL
+
+
+@pytest.mark.parametrize("name", thinned(list(EQUAL), *(name for name in EQUAL if name not in MORE_EQUAL)))
 def test_equal(tmp_path, name):
     model, config, *flags = EQUAL[name]
     results = run_gate(tmp_path, model, config, *(documents(tmp_path) if flags else []), *flags)
@@ -166,6 +177,39 @@ def mean_of_means() -> None:
     replace(engine, "token_loss", own_mean)
 
 
+def same_data_on_every_rank() -> None:
+    """As accelerate on CPU, where every rank believes it is alone."""
+    from dstrain.parallel import ParallelDims
+
+    replace(ParallelDims, "dp_rank", lambda self, rank: 0)
+
+
+def other_rows_on_the_second_tensor_rank() -> None:
+    """Tensor-parallel ranks counted as data ranks, as AutoTP does."""
+    from dstrain.data import loader
+
+    collate = loader.collate
+    order = -1 if os.environ["RANK"] == "1" else 1
+    replace(loader, "collate", lambda rows, pad_token_id: collate(rows[::order], pad_token_id))
+
+
+def documents_see_each_other() -> None:
+    from dstrain.data import loader
+
+    collate = loader.collate
+
+    def without_positions(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+        return collate([{k: v for k, v in row.items() if k != "position_ids"} for row in rows], pad_token_id)
+
+    replace(loader, "collate", without_positions)
+
+
+def forget_schedule() -> None:
+    from dstrain.checkpoint import engine_state
+
+    replace(engine_state, "_place_scheduler", lambda scheduler, saved: None)
+
+
 def forget_moments() -> None:
     from dstrain.checkpoint import manager
 
@@ -228,15 +272,21 @@ WRONG: dict[str, tuple[dict, dict, Patch, bool, str]] = {
     "clipping by default": (STEEP, UNCLIPPED | zero(1), absent_clipping_is_off, True, "loss of step 2"),
     "mean of means": (LLAMA, SGD | zero(2), mean_of_means, False, "loss of step 1"),
     "moments": (LLAMA, ADAMW | zero(1), forget_moments, False, "loss, resumed after step 4"),
+    "schedule": (LLAMA, ADAMW | WARMUP | zero(1), forget_schedule, False, "learning rate, resumed after step 4"),
+    "same data": (LLAMA, SGD | zero(2), same_data_on_every_rank, False, "loss of step 1"),
+    "tensor rows": (LLAMA, SGD | TP2 | zero(1), other_rows_on_the_second_tensor_rank, False, "loss of step 1"),
+    "packing": (LLAMA, SGD | zero(1), documents_see_each_other, False, "loss of step 1"),
 }
 
-ONE_RANK = ("zero.Init", "autocast float16", "empty step", "clipping by default", "moments")
+ONE_RANK = ("zero.Init", "autocast float16", "empty step", "clipping by default", "moments", "schedule", "packing")
+FLAGS = {"mean of means": (), "packing": ("--packing",)}
+SELDOM = ("schedule", "same data", "tensor rows", "packing")
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", thinned(list(WRONG), *(name for name in WRONG if name not in SELDOM)))
 def test_found(tmp_path, name, monkeypatch):
     model, config, patch, in_the_gate_too, expected = WRONG[name]
-    flags = documents(tmp_path) if name == "mean of means" else []
+    flags = [*documents(tmp_path), *FLAGS[name]] if name in FLAGS else []
     if in_the_gate_too:
         from dstrain.checkpoint import state
         from dstrain.config import resolve

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 
 import torch
 
@@ -89,6 +90,22 @@ def schedule(kind: str, stage: int = 0, **params):
     return run(stage, scheduler={"type": kind, **({"params": params} if params else {})})
 
 
+def experts(**more) -> str:
+    """Why DeepSpeed's AutoEP does not take transformers' Mixtral: exception and place; "" where it does."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    config = {"train_batch_size": 1, "expert_parallel": {"enabled": True, "autoep_size": 1, **more}}
+    try:
+        deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    except (TypeError, ValueError, AttributeError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__} in {os.path.basename(place.filename)}: {error}"
+    return ""
+
+
 def main() -> dict:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29719")
     deepspeed.init_distributed("gloo")
@@ -121,6 +138,7 @@ def main() -> dict:
     facts["StepLR 1"] = schedule("StepLR", 1, step_size=1)
     schedule("OneCycle", cycle_min_lr=1e-3, cycle_max_lr=1e-2)
     facts["OneCycle betas"] = list(run.engine.optimizer.param_groups[0]["betas"])
+    facts["AutoEP of Mixtral"] = experts()
     return facts
 
 

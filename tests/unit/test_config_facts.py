@@ -141,3 +141,9 @@ def test_torch_schedules_work_at_fp32_stage_0_only(facts):
 
 def test_one_cycle_replaces_the_betas(facts):
     assert facts["OneCycle betas"][1] == 0.99
+
+
+def test_expert_parallelism_does_not_take_this_transformers_mixtral(facts):
+    """AutoEP hands a default to `get` of a registry whose class is transformers' own since 5.23, and takes none."""
+    assert facts["AutoEP of Mixtral"].startswith("TypeError in base.py: ")
+    assert "get() takes 2 positional arguments but 3 were given" in facts["AutoEP of Mixtral"]

@@ -94,15 +94,19 @@ REFUSED = [
     ({"pipeline.stages": 2, STAGE: 3}, "pipeline.stages with zero_optimization.stage 3 is not possible"),
     ({"pipeline.stages": 2}, "clips by the norm of the first pipeline stage only"),
     ({"pipeline.activation_checkpoint_interval": 1}, "ignored without pipeline.stages"),
+    ({"pipeline.stages": 2, STAGE: 1, "pipeline.activation_checkpoint_interval": 1}, "--gradient_checkpointing"),
     ({"pipeline": {}}, "pipeline is empty"),
     ({"pipeline.stages": 2, STAGE: 1, "pipeline.partition": "type:block"}, "read by nothing"),
+    ({"pipeline.stages": 2, STAGE: 1, "pipeline.partition": "dualpipev"}, "at least 2 x stages = 4 micro-batches"),
+    ({"pipeline.stages": 2, "tensor_parallel.autotp_size": 2, STAGE: 1}, "together are not shown"),
+    ({"tensor_parallel.autotp_size": 2, "sequence_parallel_size": 2, STAGE: 1}, "together are not shown"),
     ({"pipeline.stages": 2, "sequence_parallel_size": 2, STAGE: 1}, "together are not shown"),
     ({"tensor_parallel.autotp_size": 2, "sequence_parallel_size": 2}, "together are not shown"),
     ({"data_parallel_size": 4}, "data_parallel_size follows from the number of processes"),
     ({"tensor_parallel.tp_overlap_comm": True}, "ignored without autotp_size"),
     ({"tensor_parallel": {}}, "tensor_parallel is empty"),
     ({"tensor_parallel.autotp_size": 2, "tensor_parallel.tp": {"tp_size": 2}}, "for inference"),
-    ({"expert_parallel.enabled": True}, "expert_parallel does not work"),
+    ({"expert_parallel.enabled": True}, "expert_parallel splits and renames the experts"),
     ({"use_data_before_expert_parallelism": True}, "with expert parallelism only"),
     ({"sequence_parallel_size": 2, "gradient_predivide_factor": 2.0}, "scales gradients by the number of ranks"),
     ({"seq_parallel_communication_data_type": "bf16"}, "sequence_parallel_size above 1 only"),
@@ -182,7 +186,6 @@ REPAIRED = [
     ({TYPE: "SGD", STAGE: 2}, "zero_allow_untested_optimizer", True),
     ({TYPE: "Adam"}, f"{PARAMS}.adam_w_mode", True),
     ({"torch_autocast.enabled": True}, "torch_autocast.dtype", "bfloat16"),
-    ({"pipeline.stages": 2, STAGE: 1, "pipeline.activation_checkpoint_interval": 1}, "pipeline.use_reentrant", False),
     ({"scheduler.type": "WarmupLR"}, "scheduler.params", {}),
     (
         {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 2000}}},
@@ -220,6 +223,7 @@ ACCEPTED = [
     {f"{PARAMS}.torch_adam": True, f"{PARAMS}.amsgrad": True},
     {"pipeline.stages": 2, STAGE: 1},
     {"pipeline.stages": 4, "gradient_clipping": 0},
+    {"pipeline.stages": 2, STAGE: 1, "pipeline.partition": "dualpipev", "gradient_accumulation_steps": 4},
     {"tensor_parallel.autotp_size": 2, STAGE: 1},
     {"sequence_parallel_size": 2, STAGE: 3},
     {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, STAGE: 3},
@@ -252,6 +256,14 @@ def test_flags_lift_the_refusal_of_their_blocks():
     config = configuration({"activation_checkpointing": {}, "compile.deepcompile": True})
     resolve_config(config, world_size=4, facts=with_flags)
     resolve_config(config, world_size=4, facts=RunFacts(config_only=True))
+
+
+def test_a_pipeline_checkpoints_without_reentering():
+    facts = RunFacts(gradient_checkpointing=True)
+    config = configuration({"pipeline.stages": 2, STAGE: 1})
+    assert resolve_config(config, world_size=4, facts=facts).deepspeed["pipeline"]["use_reentrant"] is False
+    with pytest.raises(UserError, match="use_reentrant true loses the gradients"):
+        resolve_config({**config, "pipeline": {"stages": 2, "use_reentrant": True}}, world_size=4, facts=facts)
 
 
 def test_every_rule_has_a_case_here(monkeypatch):

@@ -144,6 +144,14 @@ def test_tensor_parallel_shapes_follow_the_plan():
     assert sum(part.num_layers for part in shape.parts(pp_size=3)) == 6
 
 
+def test_two_stages_a_rank_hold_the_model_once():
+    shape = planner_of("llama_10m")[2]
+    first, second = shape.parts(pp_size=2, folded=True)
+    assert first.first and first.last and not (second.first or second.last)
+    assert first.num_layers + second.num_layers == 6
+    assert first.elements + second.elements == shape.num_parameters  # a tied head is beside its embedding
+
+
 @pytest.mark.parametrize(
     ("published_gib", "zero_block", "loss", "checkpointing"),
     [
