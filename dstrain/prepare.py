@@ -14,6 +14,7 @@ from typing import Any
 from dstrain.arguments import Arguments, is_taken
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
+from dstrain.launch.swap import SwapFolders
 from dstrain.parallel import Launch
 from dstrain.run import Run, Startup
 from dstrain.run_folder import RunFolder, environment_facts
@@ -75,14 +76,15 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
     """Build the whole run; whoever leaves it by an error leaves a summary that says so. Raises UserError."""
     from dstrain.monitor.logs import QuietOutput
 
-    with QuietOutput(Launch.from_environment().rank) as quiet:
+    with QuietOutput(Launch.from_environment().rank) as quiet, SwapFolders() as swap:
         from dstrain import distributed
         from dstrain.resilience.causes import how_it_ended, rename_error
         from dstrain.resilience.safety import Safety
 
-        safety, run = Safety(Launch.from_environment().rank), None
+        safety = Safety(Launch.from_environment().rank, args.run.hang_timeout, compiles=args.model.compile is not None)
+        run = None
         try:
-            run = _build(args, configuration, startup, safety)
+            run = _build(args, configuration, startup, safety, swap)
             _begin(run, quiet)
             with run.profiler:
                 yield run
@@ -110,7 +112,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
                 run.loader.close()
 
 
-def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any) -> Run:
+def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any, swap: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
     from dstrain.engine import build_engine
@@ -144,13 +146,15 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         startup.done("verify")
     foresight.check(distributed.device(), ignore_limit=run.ignore_memory_limit)
     startup.done("prediction")
-    model = _build_model(args, config, resolved, launch.rank)
+    here = replace(resolved, deepspeed=swap.localize(resolved.deepspeed))
+    model = _build_model(args, config, here, launch.rank)
     startup.done("model")
+    safety.beat("start", 0)
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
     distributed.seed_everything(run.seed + resolved.parallel.dp_rank(launch.rank))
     # What is imported by now stays: DeepSpeed collects garbage up to six times while it starts, 0.4 s each otherwise.
     gc.freeze()
-    engine = build_engine(model, resolved, compile=args.model.compile)
+    engine = build_engine(model, here, compile=args.model.compile)
     startup.done("engine")
     return Run(
         args=args,
