@@ -137,7 +137,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("data")
     samples = run.num_train_epochs * len(data.train)
     total_steps = run.max_steps if run.max_steps > 0 else math.ceil(samples / resolved.global_batch)
-    resolved = resolved.with_total_steps(total_steps)
+    resolved = swap.localize(resolved.with_total_steps(total_steps))
     identity = _identity(config, data.samples_sha256, run.seed, block_size, resolved.global_batch)
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
@@ -146,15 +146,14 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         startup.done("verify")
     foresight.check(distributed.device(), ignore_limit=run.ignore_memory_limit)
     startup.done("prediction")
-    here = replace(resolved, deepspeed=swap.localize(resolved.deepspeed))
-    model = _build_model(args, config, here, launch.rank)
+    model = _build_model(args, config, resolved, launch.rank)
     startup.done("model")
     safety.beat("start", 0)
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
     distributed.seed_everything(run.seed + resolved.parallel.dp_rank(launch.rank))
     # What is imported by now stays: DeepSpeed collects garbage up to six times while it starts, 0.4 s each otherwise.
     gc.freeze()
-    engine = build_engine(model, here, compile=args.model.compile)
+    engine = build_engine(model, resolved, compile=args.model.compile)
     startup.done("engine")
     return Run(
         args=args,
@@ -267,7 +266,7 @@ def _begin(run: Run, quiet: Any) -> None:
     open_steps = run.monitor.load_state_dict(restored.extra) if restored else 0
     if run.launch.is_main:
         truncate_to_step(run.folder.path, run.state.step, open_steps)
-    notes = [*_restore_events(restored), *(("notice", notice) for notice in run.resolved.notices)]
+    notes = [*(restored.events if restored else []), *(("notice", notice) for notice in run.resolved.notices)]
     notes += [("memory_limit", problem) for problem in run.foresight.problems]
     if run.launch.is_main and (expected := run.foresight.describe()):
         print(expected, file=screen())
@@ -280,13 +279,6 @@ def _begin(run: Run, quiet: Any) -> None:
     run.evaluated_step = restored.extra["evaluated_step"] if restored else None
     if run.state.step and run.eval_is_due(run.state.step):
         run.evaluate(run.state.step)  # what a stop cut short
-
-
-def _restore_events(restored: Any) -> list[tuple[str, str]]:
-    """What a resumed run has to say first: (name, text) of each event."""
-    if restored is None:
-        return []
-    return [("resume", f"from {restored.path}"), *(("resume_note", note) for note in restored.notes)]
 
 
 def _run_json(run: Run, peak: Any) -> dict[str, Any]:

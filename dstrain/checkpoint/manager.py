@@ -53,6 +53,11 @@ class Restored:
     extra: dict[str, Any]
     notes: list[str]
 
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """What a resumed run has to say first: (name, text) of each event."""
+        return [("resume", f"from {self.path}"), *(("resume_note", note) for note in self.notes)]
+
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means, by names and sizes; `load` reads the hashes.

@@ -11,10 +11,10 @@ import fcntl
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
 
 _PREFIX = "dstrain_"
@@ -36,20 +36,20 @@ class SwapFolders:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def localize(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The DeepSpeed JSON with this rank's own folders as `nvme_path`; the same object where nothing is swapped.
+    def localize(self, resolved: ResolvedConfig) -> ResolvedConfig:
+        """With this rank's own folders as `nvme_path`; the same object where nothing is swapped.
 
         Raises UserError where a folder cannot be made.
         """
-        zero = config.get("zero_optimization") or {}
+        zero = resolved.deepspeed["zero_optimization"]
         swapped = [name for name in _BLOCKS if (zero.get(name) or {}).get("device") == "nvme"]
         if not swapped:
-            return config
-        config = copy.deepcopy(config)
+            return resolved
+        config = copy.deepcopy(resolved.deepspeed)
         for name in swapped:
             block = config["zero_optimization"][name]
             block["nvme_path"] = str(self._claim(block["nvme_path"]))
-        return config
+        return replace(resolved, deepspeed=config)
 
     def _claim(self, nvme_path: str) -> Path:
         if nvme_path not in self.claimed:
