@@ -5,10 +5,10 @@
 One rank, a Llama of about 38 M parameters under ZeRO-2 in bf16 (masters and two moments: 12 bytes a parameter).
 stall_s: how long training stands still, in `save` and before the next optimizer step, which waits for the copy to host
 memory; DeepSpeed's: to the end of its call, which flushes nothing (`flushed`: and fsync of its files). step_*: a whole
-training step, without and with a save under way. mb_per_s: bytes over the time until they are committed, with sha256
-and fsync for dstrain, `conv=fsync` for dd: one, three at a time (as many as dstrain writes files), and three with
-O_DIRECT (as dstrain writes). The source of dd is a cached file of random bytes. hash: sha256 alone, all files at once.
-The last line is JSON.
+training step, without and with a save under way. mb_per_s: bytes over the time until they are committed, with copy,
+sha256 and fsync for dstrain, `conv=fsync` for dd: one, three at a time (as many as dstrain writes files), and three
+with O_DIRECT (as dstrain writes). The source of dd is a cached file of random bytes. hash: sha256 alone, all files at
+once. The last line is JSON.
 """
 
 import argparse
@@ -109,11 +109,10 @@ def one_round(folder: Path, step: int, engine: Any, batches: Any, manager: Check
     manager.wait()
     (stats,) = manager.finished()
     stall_s = stats.stall_s
-    begin = time.perf_counter()
     manager.save(TrainState(2 * step, step), {})
     manager.wait()
-    total_s = time.perf_counter() - begin
     (stats,) = manager.finished()
+    total_s = stats.total_s
     begin = time.perf_counter()
     engine.deepspeed.save_checkpoint(str(folder / "theirs"), tag=f"{step}")
     deepspeed_s = time.perf_counter() - begin

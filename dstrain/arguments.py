@@ -84,7 +84,7 @@ class RunArguments:
     max_eval_batches: int | None = flag("global batches per evaluation", minimum=1)
     save_steps: int = flag("save at multiples of this step (0: only at the end)", 500, minimum=0)
     save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
-    ignore_full_disk: bool = flag("go on without a checkpoint that the disk does not take (not the last)", False)
+    ignore_full_disk: bool = flag("go on without a checkpoint that finds no room on the disk (not the last)", False)
     ignore_memory_limit: bool = flag("start also where the prediction says that memory does not suffice", False)
     export: str | None = flag(
         "write the final model as a Hugging Face folder (bare or auto: `export` in the run folder)", bare="auto"

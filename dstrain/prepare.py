@@ -14,6 +14,7 @@ from typing import Any
 from dstrain.arguments import Arguments, is_taken
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
+from dstrain.launch.swap import SwapFolders
 from dstrain.parallel import Launch
 from dstrain.run import Run, Startup
 from dstrain.run_folder import RunFolder, environment_facts
@@ -75,14 +76,15 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
     """Build the whole run; whoever leaves it by an error leaves a summary that says so. Raises UserError."""
     from dstrain.monitor.logs import QuietOutput
 
-    with QuietOutput(Launch.from_environment().rank) as quiet:
+    with QuietOutput(Launch.from_environment().rank) as quiet, SwapFolders() as swap:
         from dstrain import distributed
         from dstrain.resilience.causes import how_it_ended, rename_error
         from dstrain.resilience.safety import Safety
 
-        safety, run = Safety(Launch.from_environment().rank), None
+        safety = Safety(Launch.from_environment().rank, args.run.hang_timeout, compiles=args.model.compile is not None)
+        run = None
         try:
-            run = _build(args, configuration, startup, safety)
+            run = _build(args, configuration, startup, safety, swap)
             _begin(run, quiet)
             with run.profiler:
                 yield run
@@ -110,7 +112,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
                 run.loader.close()
 
 
-def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any) -> Run:
+def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any, swap: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
     from dstrain.engine import build_engine
@@ -135,7 +137,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("data")
     samples = run.num_train_epochs * len(data.train)
     total_steps = run.max_steps if run.max_steps > 0 else math.ceil(samples / resolved.global_batch)
-    resolved = resolved.with_total_steps(total_steps)
+    resolved = swap.localize(resolved.with_total_steps(total_steps))
     identity = _identity(config, data.samples_sha256, run.seed, block_size, resolved.global_batch)
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
@@ -146,6 +148,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("prediction")
     model = _build_model(args, config, resolved, launch.rank)
     startup.done("model")
+    safety.beat("start", 0)
     # Dropout only. Ranks that share a sample share the seed: tensor-parallel peers must drop the same units.
     distributed.seed_everything(run.seed + resolved.parallel.dp_rank(launch.rank))
     # What is imported by now stays: DeepSpeed collects garbage up to six times while it starts, 0.4 s each otherwise.
@@ -264,7 +267,7 @@ def _begin(run: Run, quiet: Any) -> None:
     open_steps = run.monitor.load_state_dict(restored.extra) if restored else 0
     if run.launch.is_main:
         truncate_to_step(run.folder.path, run.state.step, open_steps)
-    notes = [*_restore_events(restored), *(("notice", notice) for notice in run.resolved.notices)]
+    notes = [*(restored.events if restored else []), *(("notice", notice) for notice in run.resolved.notices)]
     notes += [("memory_limit", problem) for problem in run.foresight.problems]
     if run.launch.is_main and (expected := run.foresight.describe()):
         print(expected, file=screen())
@@ -277,13 +280,6 @@ def _begin(run: Run, quiet: Any) -> None:
     run.evaluated_step = restored.extra["evaluated_step"] if restored else None
     if run.state.step and run.eval_is_due(run.state.step):
         run.evaluate(run.state.step)  # what a stop cut short
-
-
-def _restore_events(restored: Any) -> list[tuple[str, str]]:
-    """What a resumed run has to say first: (name, text) of each event."""
-    if restored is None:
-        return []
-    return [("resume", f"from {restored.path}"), *(("resume_note", note) for note in restored.notes)]
 
 
 def _run_json(run: Run, peak: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig
-from dstrain.errors import DiskError, ExitCode
+from dstrain.errors import DiskFullError, ExitCode
 from dstrain.parallel import Launch
 from dstrain.run_folder import RunFolder
 
@@ -69,7 +69,7 @@ class Run:
     checkpoint_bytes: int | None = None  # of the last checkpoint, on rank 0
 
     def begin_safety(self) -> None:
-        """From here on the run is watched; `logs` has its black box."""
+        """From here on `logs` has the black box of the run, and stacks if it hangs."""
         from dstrain.data.loader import step_plan
         from dstrain.data.order import Order
         from dstrain.resilience.safety import BatchNames
@@ -87,8 +87,6 @@ class Run:
             ),
             samples_consumed=self.state.samples_consumed,
             global_batch=resolved.global_batch,
-            hang_timeout_s=self.args.run.hang_timeout,
-            compiles=self.args.model.compile is not None,
             scaled=resolved.precision == "fp16" or resolved.autocast_dtype == "float16",
             skip_nonfinite=self.args.run.skip_nonfinite,
             world_size=self.launch.world_size,
@@ -128,12 +126,12 @@ class Run:
         self.safety.beat("step", state.step)
 
     def save_on_the_way(self, state: Any) -> None:
-        """The same; with --ignore_full_disk a checkpoint that the disk does not take is left out, and said."""
+        """The same; with --ignore_full_disk a checkpoint that finds no room is left out, and said."""
         self.safety.before_save(state.step)  # waiting for the one before it is part of the save
         for attempt in (self.checkpoints.wait, lambda: self.save(state)):  # the one before it may fail by now
             try:
                 attempt()
-            except DiskError as error:
+            except DiskFullError as error:
                 if not self.args.run.ignore_full_disk:
                     raise
                 self.monitor.event(state.step, "save_failed", "; ".join(error.problems))

@@ -20,7 +20,7 @@ import torch
 from dstrain.parallel import Launch
 
 BLOCK = 4096
-CHUNK = 8 << 20  # bytes of a write
+BUFFER = 8 << 20
 SEGMENT = (32 << 20) - BLOCK  # of an image; with the room to align it a power of two, which CUDA's allocator rounds to
 _MAX_COPIERS = 4
 
@@ -75,14 +75,14 @@ class Image:
 
 def through_a_buffer(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The bytes of tensors, one behind the other; a block is only valid until the next one is asked for."""
-    buffer, filled = aligned(CHUNK), 0
+    buffer, filled = aligned(BUFFER), 0
     for tensor in tensors:
         data = bytes_of(tensor)
         while data.numel():
-            size = min(CHUNK - filled, data.numel())
+            size = min(BUFFER - filled, data.numel())
             buffer[filled : filled + size].copy_(data[:size])
             filled, data = filled + size, data[size:]
-            if filled == CHUNK:
+            if filled == BUFFER:
                 yield buffer
                 filled = 0
     if filled:
@@ -116,7 +116,7 @@ def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def _num_copiers(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     """One where PyTorch divides a copy over its own threads, where the copies are a device's work, or are small."""
-    small = sum(target.numel() for target, _ in pairs) < 2 * CHUNK
+    small = sum(target.numel() for target, _ in pairs) < 2 * BUFFER
     if small or torch.get_num_threads() > 1 or any(source.is_cuda for _, source in pairs):
         return 1
     cores = len(os.sched_getaffinity(0)) // Launch.from_environment().local_world_size
@@ -145,18 +145,17 @@ class HashedFile:
 
     def write(self, block: torch.Tensor) -> None:
         """block: uint8, on the host; it may change when this returns."""
-        for chunk in block.split(CHUNK):
-            view = memoryview(chunk.numpy())
-            hashed = self.hasher.submit(self.digest.update, view)
-            try:
-                whole = len(view) // BLOCK * BLOCK if self.direct else len(view)
-                self._write(view[:whole])
-                if whole < len(view):  # the end of the file
-                    self._through_the_page_cache()
-                    self._write(view[whole:])
-            finally:
-                hashed.result()
-            self.bytes += len(view)
+        view = memoryview(block.numpy())
+        hashed = self.hasher.submit(self.digest.update, view)
+        try:
+            whole = len(view) // BLOCK * BLOCK if self.direct else len(view)
+            self._write(view[:whole])
+            if whole < len(view):  # the end of the file
+                self._through_the_page_cache()
+                self._write(view[whole:])
+        finally:
+            hashed.result()
+        self.bytes += len(view)
 
     def _write(self, view: memoryview) -> None:
         while view:

@@ -3,6 +3,7 @@
 The ranks meet on the disk (a `.done` file each), never in a collective: this runs in a thread while training goes on.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -51,6 +52,7 @@ class Save:
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: threading.Event = field(default_factory=threading.Event)
     problem: str | None = None  # the disk's, to be told to the user
+    is_full: bool = False
     crash: Exception | None = None  # ours
     stats: SaveStats | None = None
     thread: threading.Thread | None = None
@@ -62,7 +64,7 @@ class Save:
             if self.rank == 0:
                 self._commit()
         except OSError as error:
-            self.problem = not_written(self.target, error)
+            self.problem, self.is_full = not_written(self.target, error), is_full(error)
         except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: `CheckpointManager.wait` does
             self.crash = error
         finally:
@@ -102,8 +104,8 @@ class Save:
         sync_folder(self.target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         write_latest(self.target)
+        total_s = time.perf_counter() - self.started  # whole on the disk: what is deleted now is of others
         self.retain(self.target)
-        total_s = time.perf_counter() - self.started
         self.stats = SaveStats(manifest.bytes, self.stall_s + self.waited_s(), total_s, manifest.step)
 
 
@@ -114,6 +116,10 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def not_written(target: Path, error: OSError) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.blocks import BLOCK, CHUNK, HashedFile, Image, Written, aligned, through_a_buffer
+from dstrain.checkpoint.blocks import BLOCK, BUFFER, HashedFile, Image, Written, aligned, through_a_buffer
 
 THREADS = 4  # files at a time: each is one stream of sha256, which is slower than a good disk
 DTYPES = {
@@ -123,7 +123,7 @@ def hash_file(path: Path) -> Written:
     """Size and sha256 of a file. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(BUFFER):
             digest.update(chunk)
             size += len(chunk)
     return Written(size, digest.hexdigest())

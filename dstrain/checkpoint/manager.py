@@ -17,7 +17,7 @@ from typing import Any
 
 from dstrain import distributed
 from dstrain.checkpoint import engine_state
-from dstrain.checkpoint.commit import Save, SaveStats, gather, not_written
+from dstrain.checkpoint.commit import Save, SaveStats, gather, is_full, not_written
 from dstrain.checkpoint.layout import changes_in_step_only, inner_optimizer
 from dstrain.checkpoint.manifest import (
     find_problems,
@@ -28,7 +28,7 @@ from dstrain.checkpoint.manifest import (
 )
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.checkpoint.state import HostMemory, NoMemory, is_swapped, load_snapshot, take_snapshot
-from dstrain.errors import DiskError, UserError
+from dstrain.errors import DiskError, DiskFullError, UserError
 from dstrain.parallel import Launch
 
 
@@ -52,6 +52,11 @@ class Restored:
     state: TrainState
     extra: dict[str, Any]
     notes: list[str]
+
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """What a resumed run has to say first: (name, text) of each event."""
+        return [("resume", f"from {self.path}"), *(("resume_note", note) for note in self.notes)]
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -143,8 +148,11 @@ class CheckpointManager:
         (num_bytes,) = distributed.sum_over_ranks([float(snapshot.bytes)])
         contents = {**self.description, **asdict(state), "extra": extra, "engine": engine_state.capture(self.engine)}
         contents["layout"] = {"world_size": self.launch.world_size, **layout_of(self.engine)}
-        problem = self._open_temporary(temporary, int(num_bytes)) if self.launch.is_main else None
-        self._agree(problem, DiskError)
+        if self.launch.is_main:
+            self._agree(*self._open_temporary(temporary, int(num_bytes)))
+        else:
+            self._agree(None)
+        problem = None
         if not temporary.is_dir():
             problem = f"{self.folder} is not the same folder on every host: use a shared file system for --output_dir"
         self._agree(problem)
@@ -196,21 +204,27 @@ class CheckpointManager:
             return
         self._in_flight = None
         save.written.wait()
-        failed = set(gather((save.problem, repr(save.crash) if save.crash else None)))
-        if failed != {(None, None)}:
+        failed = self._failures(save)
+        if failed:
             save.abandoned.set()
         assert save.thread is not None
         save.thread.join()
-        failed |= set(gather((save.problem, repr(save.crash) if save.crash else None)))
-        if failed != {(None, None)}:
+        failed |= self._failures(save)
+        if failed:
             self.saved_step = None
             if self.launch.is_main:
                 shutil.rmtree(save.temporary, ignore_errors=True)
-            if crashes := [crash for _, crash in failed if crash]:
+            if crashes := [crash for _, _, crash in failed if crash]:
                 raise RuntimeError(f"{save.target} could not be written: {crashes[0]}") from save.crash
-            raise DiskError(sorted(problem for problem, _ in failed if problem))
+            kind = DiskFullError if all(full for _, full, _ in failed) else DiskError
+            raise kind(sorted(problem for problem, _, _ in failed if problem))
         if save.stats is not None:
             self._finished.append(save.stats)
+
+    def _failures(self, save: Save) -> set[tuple[str | None, bool, str | None]]:
+        """(the disk's problem, whether it is full, our crash) of every rank that has one. A collective."""
+        own = (save.problem, save.is_full, repr(save.crash) if save.crash else None)
+        return {found for found in gather(own) if found[0] or found[2]}
 
     def settle(self, timeout_s: float = 20.0) -> None:
         """Before this rank ends alone, by an error: give the checkpoint under way a moment. No collective."""
@@ -223,12 +237,12 @@ class CheckpointManager:
 
     def _agree(self, problem: str | None, kind: type[UserError] = UserError) -> None:
         """Raise the same error on every rank when any has a problem. A collective."""
-        problems = sorted({p for p in gather(problem) if p})
-        if problems:
-            raise kind(problems)
+        found = [(p, k) for p, k in gather((problem, kind)) if p]
+        if found:
+            raise found[0][1](sorted({p for p, _ in found}))
 
-    def _open_temporary(self, temporary: Path, num_bytes: int) -> str | None:
-        """Rank 0: room on the disk, and an empty folder. Returns what is in the way."""
+    def _open_temporary(self, temporary: Path, num_bytes: int) -> tuple[str | None, type[UserError]]:
+        """Rank 0: room on the disk, and an empty folder. Returns what is in the way, and its kind."""
         try:
             self.clean()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -238,14 +252,14 @@ class CheckpointManager:
                 return (
                     f"{self.folder} has {free / 2**30:.2f} GiB free and the checkpoint needs {needed / 2**30:.2f} GiB: "
                     "free space or lower --save_total_limit; the checkpoints before it are kept"
-                )
+                ), DiskFullError
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             if self._model_files is None:
                 self._model_files = self._make_model_files()
         except OSError as error:
-            return not_written(temporary, error)
-        return None
+            return not_written(temporary, error), DiskFullError if is_full(error) else DiskError
+        return None, DiskError
 
     def clean(self) -> None:
         """Rank 0, once: remove what an interrupted save left; put back what it had moved aside."""

@@ -103,7 +103,7 @@ class Supervisor:
 
     def _why_not_again(self, outcome: Outcome, restart: int) -> str | None:
         self._fruitless = 0 if outcome.steps else self._fruitless + 1
-        if not outcome.began and not outcome.killed:
+        if not outcome.began and not outcome.killed and outcome.exit_code != ExitCode.HUNG:
             return "it ended before it began to write, so another start would end the same way"
         if self._fruitless > 1:
             return "two starts in a row made no step"

@@ -21,6 +21,7 @@ from typing import Any
 
 from dstrain.errors import ExitCode, UserError
 from dstrain.monitor.metrics import read_metrics
+from dstrain.resilience.cgroup import memory_group, memory_limit_mib, oom_kills
 from dstrain.resilience.recorder import read_ring
 
 _SHOWN_STEPS = 5
@@ -52,6 +53,8 @@ class Rank:
     host: str
     alive: bool
     steps: list[dict[str, Any]]
+    memory_group: str | None = None  # and how many it had killed for memory when the run began
+    oom_kills: int | None = None
 
 
 @dataclass
@@ -163,7 +166,9 @@ def _read_ranks(folder: Path) -> list[Rank]:
         header, steps = read_ring(path)
         here = header.get("host") == socket.gethostname()
         alive = here and _is_this_run(header.get("pid", -1), header.get("time", 0.0))
-        ranks.append(Rank(header.get("rank", -1), header.get("pid", -1), header.get("host", "?"), alive, steps))
+        process = header.get("rank", -1), header.get("pid", -1), header.get("host", "?")
+        group = (header.get("memory_group"), header.get("oom_kills")) if here else (None, None)
+        ranks.append(Rank(*process, alive, steps, *group))
     return sorted(ranks, key=lambda rank: rank.rank)
 
 
@@ -182,13 +187,17 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _memory_evidence(ranks: list[Rank]) -> list[str]:
-    """What the kernel says of the ranks' processes; nothing where this is another machine or it may not be read."""
+    """What the kernel says of the ranks' processes, or their control group of its own; nothing on another machine."""
     ours = {rank.pid: rank.rank for rank in ranks if rank.host == socket.gethostname()}
     found = []
     for line in _kernel_log():
         match = re.search(r"(?:Out of memory|Memory cgroup out of memory): Killed process (\d+).*", line)
         if match and int(match[1]) in ours:
             found.append(f"kernel, of rank {ours[int(match[1])]}: {match[0][:200]}")
+    group, kills = memory_group(), oom_kills()
+    before = [rank.oom_kills for rank in ranks if rank.memory_group == str(group) and rank.oom_kills is not None]
+    if not found and kills is not None and before and kills > min(before):
+        found.append(f"the control group {group} has killed {kills - min(before)} processes for memory since the start")
     return found
 
 
@@ -206,31 +215,8 @@ def _memory_trend(ranks: list[Rank]) -> list[str]:
         return []
     limit, name = memory_limit_mib()
     growth = max(rank.steps[-1]["rss_mib"] - rank.steps[0]["rss_mib"] for rank in ranks if rank.steps)
-    kills = _cgroup_number("memory.events", "oom_kill")
     text = f"ranks on this host held {sum(last.values()):,} MiB at their last step; {name} is {limit:,} MiB"
-    text += f"; a rank grew by {growth:,} MiB over the steps on record"
-    return [text + (f"; this control group has seen {kills} kills for memory" if kills else "")]
-
-
-def memory_limit_mib() -> tuple[int, str]:
-    """(MiB, what sets it): the memory of this machine, or the smaller limit of this process's control group."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total = int(meminfo["MemTotal"].split()[0]) >> 10
-    limit = _cgroup_number("memory.max")
-    return (
-        (limit >> 20, "the control group's limit") if limit and limit >> 20 < total else (total, "the machine's memory")
-    )
-
-
-def _cgroup_number(name: str, key: str | None = None) -> int | None:
-    """A number of this process's control group (version 2); None where there is none."""
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rsplit(":", 1)[1].lstrip("/")
-        words = (Path("/sys/fs/cgroup") / group / name).read_text().split()
-    except (OSError, IndexError):
-        return None
-    text = words[words.index(key) + 1] if key else words[0]
-    return int(text) if text.isdigit() else None
+    return [f"{text}; a rank grew by {growth:,} MiB over the steps on record"]
 
 
 def _hang_evidence(folder: Path) -> list[str]:

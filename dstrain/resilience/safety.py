@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
+
+from dstrain import distributed
 from dstrain.errors import ExitCode
+from dstrain.resilience import cgroup
 from dstrain.resilience.exits import ExitTimer, exit_now
 from dstrain.resilience.guard import Guard
 from dstrain.resilience.lifeline import GRACE_S, Lifeline, build_lifeline
@@ -51,28 +55,46 @@ class BatchNames:
 
 
 class Safety:
-    """One object per run and rank, built before anything can hang; `step` is always the number of completed steps."""
+    """One object per run and rank, built before anything can hang; `step` is always the number of completed steps.
+
+    hang_timeout_s: seconds without progress, or None for the watchdog's own limits. compiles: the model is compiled.
+    """
 
     stop: AgreedStop
     guard: Guard
     recorder: Recorder
-    watchdog: Watchdog
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int, hang_timeout_s: float | None, *, compiles: bool):
         self.rank = rank
         self.lifeline = Lifeline()
         self._monitor: LastWords = _NoRunFolder()
-        self._begun = False
+        self._begun = self._stepped = False
         self._step, self._first, self._next = 0, 0, 0
+        self.watchdog = Watchdog(
+            rank,
+            timeout_s=hang_timeout_s,
+            compiles=compiles,
+            last_words=self._last_words,
+            tell=lambda code, text: self.lifeline.tell(code, text),
+        )
+        self.watchdog.beat("start", 0)
 
     def join(self, address: str) -> None:
-        """As soon as there is a process group. A collective. address: where rank 0 is (MASTER_ADDR)."""
+        """As soon as there is a process group, before data and model. A collective. address: rank 0 (MASTER_ADDR)."""
         self.lifeline = build_lifeline(address)
         self.lifeline.watch(self._peer_is_lost)
+        self._load()
 
     def listen(self, folder: Path, deadline: float | None) -> None:
-        """From here on a signal asks for an agreed stop. A collective. deadline: in seconds of CLOCK_BOOTTIME."""
+        """Before the checkpoint is read: a signal now asks for an agreed stop. A collective.
+
+        deadline: in seconds of CLOCK_BOOTTIME.
+        """
         self.stop = AgreedStop(folder, deadline)
+        self._load()
+
+    def _load(self) -> None:
+        self.watchdog.beat("loading" if dist.is_initialized() and dist.get_world_size() > 1 else "loading_alone", 0)
 
     def begin(
         self,
@@ -82,8 +104,6 @@ class Safety:
         names: BatchNames,
         samples_consumed: int,
         global_batch: int,
-        hang_timeout_s: float | None,
-        compiles: bool,
         scaled: bool,
         skip_nonfinite: int,
         **facts: Any,
@@ -91,7 +111,9 @@ class Safety:
         """When the run folder is this run's. facts: what the black box should know of the process."""
         self._monitor, self._names, self._global_batch = monitor, names, global_batch
         self._next = samples_consumed
-        self.recorder = Recorder(logs, self.rank, **facts)
+        self.recorder = Recorder(
+            logs, self.rank, **facts, memory_group=str(cgroup.memory_group()), oom_kills=cgroup.oom_kills()
+        )
         self.guard = Guard(
             allowed=skip_nonfinite,
             scaled=scaled,
@@ -99,21 +121,19 @@ class Safety:
             record=lambda r: self.recorder.amend(loss_of_step=r.step, loss=r.loss, grad_norm=r.grad_norm),
             batch=lambda: names.describe(self._first),
         )
-        self.watchdog = Watchdog(
-            logs,
-            self.rank,
-            timeout_s=hang_timeout_s,
-            compiles=compiles,
-            describe=lambda: f"{self.recorder.describe()}\nbatch under way: samples {names.sample_ids(self._next)}",
-            last_words=self._last_words,
-            tell=self.lifeline.tell,
+        self.watchdog.attach(
+            logs, lambda: f"{self.recorder.describe()}\nbatch under way: samples {names.sample_ids(self._next)}"
         )
+        self.watchdog.beat("start", 0)
         self._begun = True
 
     def on_step(self, step: int, samples_consumed: int, result: Any, step_time_s: float, data_time_s: float) -> None:
         """After every optimizer step, also one that was left out. Raises NonFiniteError, on all ranks."""
         self._step, self._first, self._next = step, samples_consumed - self._global_batch, samples_consumed
         self.watchdog.beat("step", step)
+        if not self._stepped:
+            self._stepped = True
+            distributed.set_timeouts(self.watchdog.group_timeout_s)
         ids = self._names.sample_ids(self._first)
         self.recorder.write(
             step=step + result.skipped,  # the step that it would have been
@@ -132,7 +152,8 @@ class Safety:
         self.watchdog.beat("save", step)
 
     def beat(self, activity: str, step: int) -> None:
-        self.watchdog.beat(activity, step)
+        """Progress; `activity`, a key of watchdog.FLOOR_S, is what comes next. The first step belongs to the start."""
+        self.watchdog.beat("start" if activity == "step" and not self._stepped else activity, step)
 
     def during_evaluation(self) -> bool:
         """Between two batches of an evaluation; False: it is to be cut short. A collective."""
@@ -144,7 +165,7 @@ class Safety:
         self._monitor.close(code, text)
 
     def _peer_is_lost(self, code: ExitCode, text: str) -> None:
-        if code == ExitCode.HUNG and self._begun:
+        if code == ExitCode.HUNG:
             self.watchdog.bark(text, told=True)
         exit_now(code, lambda: self._last_words(code, "lost_rank", text))
 
@@ -167,7 +188,7 @@ class Safety:
         """This rank is at its end. A second call does nothing."""
         if hasattr(self, "stop"):
             self.stop.close()
+        self.watchdog.close()
         if self._begun:
-            self.watchdog.close()
             self.recorder.close()
         self.lifeline.close()

@@ -13,41 +13,47 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from dstrain import distributed
 from dstrain.errors import ExitCode
 from dstrain.resilience.exits import ExitTimer, exit_now
 
 # Without --hang_timeout: this many median steps, and never less than the floor. What is not a step has no median.
 MEDIAN_STEPS = 20.0
-FLOOR_S = {"step": 300.0, "evaluation": 300.0, "save": 1800.0, "end": 1800.0}
+FLOOR_S = {
+    "start": 1800.0,  # the process group, ops that are built, the engine, the first step with its compilation
+    "loading": 7200.0,  # data, model, checkpoint: one rank may tokenise for long while the others wait (START_TIMEOUT)
+    "loading_alone": 86400.0,  # one process waits for nobody
+    "step": 300.0,
+    "evaluation": 300.0,
+    "save": 1800.0,
+    "end": 1800.0,
+}
+_FLOOR_HOLDS = ("start", "loading", "loading_alone", "end")  # whatever --hang_timeout says, which is of steps
 COMPILE_S = 1800.0  # the first evaluation of a compiled model
 _MARGIN_S = 10.0  # what the thread gets before the kernel's timer
 _MIN_GROUP_TIMEOUT_S = 60.0
 
 
 class Watchdog:
-    """Watches from the end of the first step on: start-up and the first compilation take what they take.
+    """Watches from the first beat on.
 
     timeout_s: seconds without a beat, or None for a multiple of the median step. compiles: the model is compiled.
-    describe: what the last batch was, for the file of the hang. last_words: writes event and summary.
-    tell: says to the other ranks why this one ends.
+    last_words: writes event and summary. tell: says to the other ranks why this one ends.
     """
 
     def __init__(
         self,
-        logs: Path,
         rank: int,
         *,
         timeout_s: float | None = None,
         compiles: bool = False,
-        describe: Callable[[], str] = str,
         last_words: Callable[[ExitCode, str, str], None] = lambda code, name, text: None,
         tell: Callable[[int, str], None] = lambda code, text: None,
     ):
-        self.file = logs / f"hang_rank_{rank}.txt"
+        self.rank = rank
+        self.file: Path | None = None
         self.timeout_s = timeout_s
         self._first_evaluation = compiles
-        self._describe = describe
+        self._describe: Callable[[], str] = str
         self._last_words = last_words
         self._tell = tell
         self._steps: deque[float] = deque(maxlen=50)
@@ -56,8 +62,12 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._ended = threading.Lock()
 
+    def attach(self, logs: Path, describe: Callable[[], str]) -> None:
+        """There is a run folder: stacks go there, and no longer to stderr. describe: what the last batch was."""
+        self.file, self._describe = logs / f"hang_rank_{self.rank}.txt", describe
+
     def beat(self, activity: str, step: int) -> None:
-        """Progress: `activity` ("step", "evaluation", "save" or "end") is what comes next, after `step` steps."""
+        """Progress: `activity` (a key of FLOOR_S) is what comes next, after `step` steps."""
         now = time.monotonic()
         if self._activity == "step" == activity and self._thread is not None:
             self._steps.append(now - self._since)
@@ -69,15 +79,14 @@ class Watchdog:
             self._wind_up(self.limit_s)
             self._thread = threading.Thread(target=self._watch, name="dstrain-watchdog", daemon=True)
             self._thread.start()
-            distributed.set_timeouts(self.group_timeout_s)
 
     @property
     def limit_s(self) -> float:
         """Seconds that the present activity may take."""
         if self._activity == "evaluation" and self._first_evaluation:
             return max(COMPILE_S, self.timeout_s or 0.0)
-        if self._activity == "end":
-            return max(FLOOR_S["end"], self.timeout_s or 0.0)
+        if self._activity in _FLOOR_HOLDS:
+            return max(FLOOR_S[self._activity], self.timeout_s or 0.0)
         if self.timeout_s is not None:
             return self.timeout_s
         steps = list(self._steps)
@@ -105,6 +114,8 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _place(self) -> str:
+        if self._activity in ("start", "loading", "loading_alone"):
+            return "before the first step"
         return f"{self._step + 1}" if self._activity == "step" else f"after step {self._step}"
 
     def bark(self, text: str, *, told: bool = False) -> None:
@@ -116,16 +127,15 @@ class Watchdog:
 
         def last_words() -> None:
             self.write_stacks(text)
-            self._last_words(
-                ExitCode.HUNG, "hang", f"{text}; stacks of all ranks are in {self.file.parent}/hang_rank_*.txt"
-            )
+            where = f"in {self.file.parent}/hang_rank_*.txt" if self.file else "on their stderr"
+            self._last_words(ExitCode.HUNG, "hang", f"{text}; stacks of all ranks are {where}")
 
         exit_now(ExitCode.HUNG, last_words)
 
     def write_stacks(self, text: str) -> None:
         """Python stacks of all threads of this rank, the last step and the last batch, to `logs/hang_rank_N.txt`."""
         seconds = time.monotonic() - self._since
-        with open(self.file, "a") as out:
+        with open(2 if self.file is None else self.file, "a", closefd=self.file is not None) as out:
             out.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {text}\n")
             out.write(f"this rank: {self._activity} {self._place()}, for {seconds:.1f} s\n")
             out.write(f"last completed step {self._step}: {self._describe()}\n\n")

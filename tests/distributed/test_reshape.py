@@ -18,6 +18,22 @@ def test_checkpoints_cross_layouts_and_export(names, tmp_path):
         assert result["error"] <= result["bound"], pair
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("source", [0, 1])
+def test_the_momenta_of_muon_cross(source, tmp_path):
+    """They are of whole matrices at ZeRO 0 and of ranges of them at ZeRO 1: stored alike."""
+    muon = {"type": "Muon", "params": {"lr": 0.02}}
+    layouts = [(ck.config(0, optimizer=muon), 1), (ck.config(1, "bf16", optimizer=muon), 2)]
+    whole, bounds = tmp_path / "whole", {}
+    first = ck.start(whole, *layouts[source]).check()
+    for target in (0, 1):
+        copied = ck.interrupt(whole, tmp_path / f"resumed{target}")
+        second = ck.start(copied, *layouts[target]).check()
+        bounds[target] = max(abs(a - b) / b for a, b in zip(second.losses(), first.losses(), strict=True))
+    assert bounds[source] == 0
+    assert bounds[1 - source] < 2e-2
+
+
 def test_the_real_trainer_goes_on_with_fewer_ranks_and_another_stage(tmp_path):
     whole = tmp_path / "whole"
     first = ck.start(whole, ck.config(2), 2).check()

@@ -11,6 +11,7 @@ from tests import checkpoints as ck
 from tests.distributed.parity import thinned
 
 SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+MUON = {"type": "Muon", "params": {"lr": 0.02}}
 LAYOUTS = {
     "zero0-1": (ck.config(0), 1),
     "zero0-2": (ck.config(0), 2),
@@ -22,6 +23,8 @@ LAYOUTS = {
     "zero3-bf16-2": (ck.config(3, "bf16", zero={"stage3_param_persistence_threshold": 100, "sub_group_size": 4000}), 2),
     "zero2-sgd-2": (ck.config(2, optimizer=SGD), 2),
     "zero0-torch-adam-1": (ck.config(0, optimizer={"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}), 1),
+    "zero0-muon-2": (ck.config(0, optimizer=MUON), 2),
+    "zero1-muon-bf16-2": (ck.config(1, "bf16", optimizer=MUON), 2),
     "zero0-adagrad-1": (ck.config(0, optimizer={"type": "Adagrad", "params": {"lr": 1e-2}}), 1),
 }
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -109,6 +110,10 @@ def test_a_lost_launcher_is_started_again_and_a_zero_is_not_believed(tmp_path):
     assert left(tmp_path) == 0
 
 
+def test_a_hang_before_anything_was_written_is_started_again(tmp_path):
+    supervise(tmp_path, start(None, 76), start(1, 0, (0, "finished"))).check(0)
+
+
 def test_it_does_not_loop(tmp_path):
     result = supervise(tmp_path, *[start(0, "kill")] * 5, max_restarts=9).check(137)
     assert left(tmp_path) == 3 and "two starts in a row made no step" in result.stderr
@@ -165,3 +170,27 @@ def test_a_killed_rank_under_torchrun_is_restarted_and_finishes(tmp_path):
     assert result.stderr.count("restart 1 of 3") == 1 and "restart 2" not in result.stderr
     assert [row["step"] for row in result.metrics("train")] == [1, 2, 3, 4]
     assert result.metrics("summary")[-1]["exit_code"] == 0
+
+
+@pytest.mark.exhaustive
+def test_it_goes_on_with_fewer_slots_than_before(tmp_path):
+    """A slot is lost while the first start trains: the second start reads the hostfile anew."""
+    hostfile, run_dir = tmp_path / "hostfile", tmp_path / "run"
+    hostfile.write_text("localhost slots=2\n")
+
+    def lose_a_slot() -> None:
+        deadline = time.monotonic() + 100
+        while not list(run_dir.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        hostfile.write_text("localhost slots=1\n")
+
+    head = [str(launch.BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", "127.0.0.1"]
+    flags = [*faults.flags(tmp_path), "--max_steps", "5", "--save_steps", "1", "--faults=kill@4:1"]
+    loser = threading.Thread(target=lose_a_slot, daemon=True)
+    loser.start()
+    result = launch.run_command([*command(tmp_path), *head, str(faults.SCRIPT), *flags], run_dir=run_dir).check(0)
+    loser.join()
+    assert [row["step"] for row in result.metrics("train")] == [1, 2, 3, 4, 5]
+    assert result.run_json()["world"]["world_size"] == 1
+    notes = " ".join(event["text"] for event in result.metrics("event"))
+    assert "world_size 2 -> 1" in notes and result.metrics("summary")[-1]["exit_code"] == 0

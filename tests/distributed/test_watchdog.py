@@ -4,7 +4,7 @@ import signal
 import time
 
 from dstrain.resilience.postmortem import examine
-from tests import faults
+from tests import faults, forked
 
 FLAGS = ("--max_steps", "1000", "--save_steps", "0")
 
@@ -21,6 +21,27 @@ def test_a_hang_ends_every_rank_with_its_stacks(tmp_path):
     assert len(run.events("hang")) == 1
     page = examine(run.folder).write()
     assert "the watchdog ended it" in page and "hang_rank_1.txt: step 4" in page and "in strike" in page
+
+
+def stuck_at_the_start(rank: int) -> None:
+    from dstrain import engine
+    from dstrain.resilience import watchdog
+
+    def stand_here(*_: object, **__: object) -> None:
+        time.sleep(600)
+
+    watchdog.FLOOR_S["start"] = 5.0
+    if rank == 1:
+        engine.build_engine = stand_here
+
+
+def test_a_hang_before_the_first_step_ends_every_rank(tmp_path):
+    """Rank 0 waits for rank 1 in the first collective of `deepspeed.initialize`. Nothing is written."""
+    processes = forked.start([*faults.flags(tmp_path), *FLAGS], 2, tmp_path, stuck_at_the_start)
+    with faults.FaultyRun(tmp_path, processes) as run:
+        assert run.wait() == [76, 76], run.stderr(0)
+    assert "before the first step" in run.stderr(0) and "in initialize" in run.stderr(0)
+    assert "in stand_here" in run.stderr(1) and not run.folder.exists()
 
 
 def test_a_killed_rank_ends_the_others(tmp_path):

@@ -1,5 +1,6 @@
 """The files of a checkpoint: written as safetensors, read in any range, and any changed byte found."""
 
+import errno
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from dstrain.checkpoint import blocks
 from dstrain.checkpoint import manifest as mf
 from dstrain.checkpoint.cuts import Cut, find_cut
 from dstrain.checkpoint.files import Entry, Key, hash_file, write_bytes, write_rank, write_safetensors
 from dstrain.checkpoint.reshape import CheckpointReader
+from dstrain.checkpoint.state import HostMemory
 from dstrain.errors import UserError
 
 SHAPES = {"a.weight": (6, 4), "b.bias": (5,)}
@@ -62,10 +65,29 @@ def test_a_written_file_is_safetensors_and_its_hash_is_its_own(tmp_path):
         assert torch.equal(file.get_tensor("weight|a|0|"), data)
 
 
-def test_large_files_are_hashed_while_they_are_written(tmp_path):
-    data = torch.randint(0, 255, (3 * 8 * 2**20 + 17,), dtype=torch.uint8)
-    written = write_safetensors(tmp_path / "x", [_entry("weight", "a", 0, data)], {})
-    assert hash_file(tmp_path / "x") == written
+@pytest.mark.parametrize("takes_direct_writes", [True, False])
+@pytest.mark.parametrize("size", [0, 1, blocks.BLOCK, blocks.BLOCK + 1, blocks.SEGMENT + blocks.BLOCK + 17])
+def test_files_of_any_size_on_disks_that_take_direct_writes_or_not(tmp_path, monkeypatch, size, takes_direct_writes):
+    write, refused = blocks.os.write, []
+
+    def picky(fd, data):
+        if not takes_direct_writes and blocks.fcntl.fcntl(fd, blocks.fcntl.F_GETFL) & blocks.os.O_DIRECT:
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, data)
+
+    monkeypatch.setattr(blocks.os, "write", picky)
+    pieces = list(torch.randint(0, 255, (size,), dtype=torch.uint8).split(5_000_000))
+    entries = [_entry("weight", str(i), 0, piece) for i, piece in enumerate(pieces)]
+    streamed = write_safetensors(tmp_path / "streamed", entries, {})
+    assert hash_file(tmp_path / "streamed") == streamed
+    assert streamed.bytes % blocks.BLOCK == size % blocks.BLOCK
+    assert bool(refused) != takes_direct_writes
+    memory = HostMemory()
+    for piece in pieces:
+        memory.add("copied", piece)
+    memory.copy()
+    assert write_safetensors(tmp_path / "copied", entries, {}, memory.images.get("copied")) == streamed
 
 
 @given(world=st.integers(1, 7), start=st.integers(0, 23), length=st.integers(0, 24))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import threading
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from dstrain.checkpoint import commit, manager
 from dstrain.checkpoint import state as checkpoint_state
 from dstrain.checkpoint.manager import CheckpointManager, TrainState, choose_checkpoint, list_checkpoints
-from dstrain.errors import UserError
+from dstrain.errors import DiskError, DiskFullError, UserError
 
 
 def fake_engine(seed=0, lr=0.1, optimizer=torch.optim.AdamW):
@@ -184,13 +185,17 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_disk_that_fills_up_while_writing_keeps_what_was(tmp_path, monkeypatch, background):
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EDQUOT, DiskFullError), (errno.EROFS, DiskError)]
+)
+def test_a_disk_that_does_not_take_it_keeps_what_was(tmp_path, monkeypatch, background, number, kind):
+    """`--ignore_full_disk` passes over a full one only."""
     checkpoints = make(tmp_path, background=background)
     checkpoints.save(state(1), {})
     checkpoints.close()
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(commit, "write_rank", full)
 
@@ -198,8 +203,9 @@ def test_a_disk_that_fills_up_while_writing_keeps_what_was(tmp_path, monkeypatch
         checkpoints.save(state(2), {})
         checkpoints.close()
 
-    with pytest.raises(UserError, match=r"step_00000002 could not be written \(No space left"):
+    with pytest.raises(UserError, match=r"step_00000002 could not be written \(") as raised:
         save()
+    assert type(raised.value) is kind and os.strerror(number) in str(raised.value)
     assert names(tmp_path) == ["step_00000001"]
     monkeypatch.undo()
     checkpoints.save(state(2), {})

@@ -78,6 +78,19 @@ def test_a_kill_for_memory_is_known_from_the_kernel(build, monkeypatch):
     assert "MiB at their last step" in page
 
 
+def test_a_kill_for_memory_is_known_from_the_control_group(build, monkeypatch):
+    """Where the kernel's log may not be read, as in most containers."""
+    monkeypatch.setattr(postmortem, "_kernel_log", list)
+    monkeypatch.setattr(postmortem, "_is_this_run", lambda pid, opened: False)
+    folder = build(None)
+    for rank, kills in ((0, 3), (1, 3)):
+        Recorder(folder / "logs", rank, host=socket.gethostname(), memory_group="/g", oom_kills=kills).close()
+    for now, group, known in ((4, "/g", True), (3, "/g", False), (4, "/other", False)):
+        monkeypatch.setattr(postmortem, "oom_kills", lambda now=now: now)
+        monkeypatch.setattr(postmortem, "memory_group", lambda group=group: group)
+        assert ("has killed 1 processes for memory since the start" in postmortem.examine(folder).write()) == known
+
+
 def test_another_hosts_processes_are_not_looked_for_here(build, monkeypatch):
     line = f"Memory cgroup out of memory: Killed process {os.getpid()} (python)"
     monkeypatch.setattr(postmortem, "_kernel_log", lambda: [line])
