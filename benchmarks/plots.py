@@ -16,7 +16,18 @@ SPLIT_COLORS = {
     "communication": "#c4527a",
     "other": "#c4cad4",
 }
-PART_COLORS = ("#2f6fde", "#e0762a", "#2a9d72", "#c4527a", "#7a5cc9", "#b8a12c", "#4aa7c4", "#c4cad4", "#8a93a3")
+PART_COLORS = (
+    "#2f6fde",
+    "#e0762a",
+    "#2a9d72",
+    "#c4527a",
+    "#7a5cc9",
+    "#b8a12c",
+    "#4aa7c4",
+    "#c4cad4",
+    "#8a93a3",
+    "#1d2430",
+)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -92,7 +103,14 @@ def stacked(chart: Chart, columns: Mapping[str, Sequence[float]], colors: Mappin
 
 def legend_below(chart: Chart) -> None:
     handles, labels = chart.axes.get_legend_handles_labels()
-    options: Any = {"ncols": 9, "fontsize": 8.5, "frameon": False, "labelcolor": "#4b5565"}
+    options: Any = {
+        "ncols": 10,
+        "fontsize": 8,
+        "columnspacing": 1.2,
+        "handlelength": 1.4,
+        "frameon": False,
+        "labelcolor": "#4b5565",
+    }
     chart.axes.figure.legend(handles, labels, loc="outside upper left", **options)
     for handle in handles:  # or `uri` would draw a second one inside the axes
         handle.set_label("")
@@ -114,7 +132,8 @@ def memory(rows: Rows) -> str:
         rows = [row for row in rows if row["predicted_parts_gib"]]
         parts = list(dict.fromkeys(part for row in rows for part in row["predicted_parts_gib"]))
         columns = {part: [row["predicted_parts_gib"].get(part, 0.0) for row in rows] for part in parts}
-        stacked(chart, columns, dict(zip(parts, PART_COLORS * 3, strict=False)))
+        parts = [part for part in parts if any(columns[part])]
+        stacked(chart, {part: columns[part] for part in parts}, dict(zip(parts, PART_COLORS * 3, strict=False)))
         marked = [(i, row["predictions"]["memory"]["measured"]) for i, row in enumerate(rows) if row["predictions"]]
         if marked:
             ys, xs = zip(*marked, strict=True)
@@ -202,7 +221,7 @@ def speed_against_memory(what: tuple[Rows, Sequence[str]]) -> str:
     from matplotlib.ticker import EngFormatter
 
     rows, best = what
-    chart = square("peak host memory of the largest rank, GiB (named: the Pareto front)", "tokens per second")
+    chart = square("peak host memory of the largest rank, GiB (line: the Pareto front)", "tokens per second")
     groups = list(dict.fromkeys((row["num_parameters"], row["block_size"]) for row in rows))
     for group, color in zip(groups[:4], ("blue", "orange", "green", "grey"), strict=False):
         points = [row for row in rows if (row["num_parameters"], row["block_size"]) == group]
@@ -212,7 +231,7 @@ def speed_against_memory(what: tuple[Rows, Sequence[str]]) -> str:
         front = sorted(point for point in at if point[2] in best)
         xs, ys = [x for x, *_ in front], [y for _, y, _ in front]
         chart.axes.step(xs, ys, where="post", color=COLORS[color], linewidth=0.9)
-        for x, y, name in front:
+        for x, y, name in dict.fromkeys((front[:1] + front[-1:]) if front else ()):  # the smallest and the fastest
             options: Any = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7.5, "color": "#4b5565"}
             chart.axes.annotate(name, (x, y), **options)
     chart.axes.yaxis.set_major_formatter(EngFormatter(sep=""))
