@@ -80,7 +80,10 @@ ROUTER = MODELS["mixtral"] | {"output_router_logits": True, "router_aux_loss_coe
 ONE_ROW = {"train_micro_batch_size_per_gpu": 1}  # the load-balancing loss is of a micro-batch
 MORE_EQUAL = {
     "pp2 packed": (LLAMA, SGD | PP2 | zero(1) | ONE_ROW, "--packing"),
-    "pp2 dualpipev": (LLAMA, ADAMW | zero(1) | ONE_ROW | {"pipeline": {"stages": 2, "partition": "dualpipev"}}),
+    "pp2 dualpipev": (
+        LLAMA | {"num_hidden_layers": 4},
+        ADAMW | zero(1) | ONE_ROW | {"pipeline": {"stages": 2, "partition": "dualpipev"}},
+    ),
     "zero3 router loss": (ROUTER, SGD | zero(3) | ONE_ROW),
     "pp2 router loss": (ROUTER, SGD | PP2 | zero(1) | ONE_ROW),
 }
