@@ -109,7 +109,7 @@ def build_scaling(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "tokens_per_second": {n: points[n]["tokens_per_second"] for n in speed},
                 "efficiency": {n: speed[n] / n / (speed[first] / first) for n in speed},
                 "marginal_gain": gains,
-                "knee": best,
+                "knee": best if best < max(speed) else None,  # None: beyond what was measured
                 "pays": PAYS,
                 "sentence": knee_sentence(series, best, gains, max(speed)),
             }

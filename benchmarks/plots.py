@@ -183,7 +183,8 @@ def scaling(curves: Rows) -> str:
         chart.axes.plot(workers, [one * n for n in workers], color=COLORS[color], linewidth=0.8, linestyle=":")
         at = curve["knee"]
         ring: Any = {"color": COLORS[color], "markersize": 11, "markerfacecolor": "none"}
-        chart.axes.plot([at], [spreads[at]["median"]], "o", label=f"knee at {at}", **ring)
+        if at is not None:
+            chart.axes.plot([at], [spreads[at]["median"]], "o", label=f"knee at {at}", **ring)
     chart.axes.set_xticks(sorted({int(n) for curve in curves for n in curve["tokens_per_second"]}))
     chart.axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     return chart.uri(from_zero=True)

@@ -23,12 +23,17 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, suite: Suite, machine: dict[str, Any], *, fresh: bool) -> "Results":
-        """The newest file of this suite and hardware in `folder`, or with `fresh` a new one of today."""
+        """The newest file of this suite and hardware in `folder`, or with `fresh` a new one of today.
+
+        Raises ValueError where another program's file is in the way.
+        """
         stem = f"{suite.name}_{machine['hardware']}"
-        found = sorted(folder.glob(f"{stem}_*.json"))
+        found = [path for path in sorted(folder.glob(f"{stem}_*.json")) if is_results(path)]
         if found and not fresh:
             return cls(found[-1], read_results(found[-1]))
         path = folder / f"{stem}_{date.today().isoformat()}.json"
+        if path.exists() and not is_results(path):
+            raise ValueError(f"{path} is another program's file: name another folder")
         contents = {"schema": SCHEMA, "suite": suite.name, "what": suite.what, "machine": machine}
         return cls(path, {**contents, "sessions": [], "cases": {}})
 
@@ -68,6 +73,14 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("schema") != SCHEMA:
         raise ValueError(f"{path} is no results file of benchmarks.run (schema {SCHEMA})")
     return contents
+
+
+def is_results(path: Path) -> bool:
+    try:
+        read_results(path)
+    except ValueError:
+        return False
+    return True
 
 
 def is_settled(entry: dict[str, Any], rounds: int) -> bool:

@@ -39,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"suite {suite.name} needs {suite.gpus} GPU, and nvidia-smi shows {len(gpu_names())}", file=sys.stderr)
         return 2
     begin = time.monotonic()
-    results = Results.open(args.out, suite, machine_facts(), fresh=args.fresh)
+    try:
+        results = Results.open(args.out, suite, machine_facts(), fresh=args.fresh)
+    except ValueError as error:
+        print(f"benchmarks.run: error: {error}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="benchmarks_") as name:
         measure(cases, results, Path(name), max_time=args.max_time)
     counts = Counter(state_of(case, results) for case in cases)

@@ -234,4 +234,4 @@ def build_cards(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, summary in report["prediction_summary"].items():
         worst = f"worst {summary['worst_error']:+.1%}, {summary['worst_case']}"
         cards.append((f"error of predicted {name.replace('_', ' ')}", f"{summary['median_error']:.1%}", worst))
-    return cards + [(f"knee, {c['series']}", f"{c['knee']} ranks", "") for c in report["scaling"]]
+    return cards + [(f"knee, {c['series']}", f"{c['knee']} ranks", "") for c in report["scaling"] if c["knee"]]

@@ -201,6 +201,15 @@ def test_other_files_are_no_results(tmp_path):
         read_results(tmp_path / "x.json")
 
 
+def test_the_file_of_another_program_is_left_alone(tmp_path):
+    """`benchmarks.checkpoint` may write into the same folder."""
+    suite = SUITES["checkpoint"]()
+    path = Results.open(tmp_path, suite, MACHINE, fresh=False).path
+    path.write_text('{"medians": {}}')
+    with pytest.raises(ValueError, match="another program's file"):
+        Results.open(tmp_path, suite, MACHINE, fresh=False)
+
+
 # --- the arithmetic
 
 
