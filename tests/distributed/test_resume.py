@@ -4,10 +4,15 @@ Compared are the losses of every step and the whole files of the last checkpoint
 the random generators of every rank.
 """
 
+import json
+import threading
+import time
+
 import pytest
 from safetensors.torch import load_file
 
 from tests import checkpoints as ck
+from tests import forked
 from tests.distributed.parity import thinned
 
 SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
@@ -92,3 +97,47 @@ def test_dualpipev_resumes_bit_exactly_and_crosses_to_other_layouts(tmp_path):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).abs().max() <= 1e-5, name
+
+
+CPU = {"offload_optimizer": {"device": "cpu"}}
+COPIED = {
+    "zero0-1": (ck.config(0), 1),
+    "zero1-bf16-2": (ck.config(1, "bf16"), 2),
+    "zero1-muon-bf16-2": LAYOUTS["zero1-muon-bf16-2"],
+    "zero2-sgd-2": LAYOUTS["zero2-sgd-2"],
+    "zero2-cpu-2": (ck.config(2, "bf16", zero=CPU), 2),
+    "zero3-2": (ck.config(3), 2),
+    "zero3-cpu-2": (ck.config(3, "bf16", zero=CPU), 2),
+    "pp2-2": (ck.config(1, pipeline={"stages": 2}), 2),
+    "tp2-2": (ck.config(1, tensor_parallel={"autotp_size": 2}), 2),
+}
+
+
+def copy_slowly(rank: int) -> None:
+    from dstrain.checkpoint import state
+
+    copy_all = state.copy_all
+
+    def slow(pairs: list) -> None:
+        if threading.current_thread().name == "checkpoint-copy":
+            time.sleep(0.5)  # many steps
+        copy_all(pairs)
+
+    state.copy_all = slow
+
+
+@pytest.mark.parametrize("name", thinned(list(COPIED), "zero3-cpu-2"))
+def test_a_checkpoint_is_of_its_step_however_long_the_copy_takes(name, tmp_path):
+    """Whichever optimizer of DeepSpeed takes the next step waits for the copy."""
+    values, ranks = COPIED[name]
+    ck.start(tmp_path / "plain", values, ranks).check()
+    slow = tmp_path / "slow"
+    argv = ["--output_dir", str(slow), *ck.flags(slow, values, {})]
+    processes = forked.start(argv, ranks, tmp_path, copy_slowly)
+    assert forked.finish(processes, 60)
+    assert [process.exitcode for process in processes] == [0] * ranks, (tmp_path / "rank0.err").read_text()
+    for step in (ck.SAVED, ck.STEPS):
+        assert ck.state_files(slow, step) == ck.state_files(tmp_path / "plain", step)
+    lines = [json.loads(line) for line in (slow / "metrics.jsonl").read_text().splitlines()]
+    (save,) = [line for line in lines if line["kind"] == "save" and line["step"] == ck.SAVED]
+    assert save["stall_s"] > 0.3 or "muon" in name  # whose step does not wait, since its copy did not
