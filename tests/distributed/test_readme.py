@@ -15,7 +15,7 @@ MAKE_TARGETS = re.findall(r"`?\bmake ([a-z]+)\b", README)
 
 def test_the_readme_is_short_and_all_its_commands_are_found():
     assert README.count("\n") <= 250
-    assert len(COMMANDS) == 2
+    assert len(COMMANDS) == 3
     assert set(MAKE_TARGETS) == {"train", "test"}
 
 
