@@ -73,7 +73,7 @@ class Choice:
                 "type": "WarmupCosineLR",
                 "params": {
                     "total_num_steps": "auto",
-                    "warmup_num_steps": 20,
+                    "warmup_num_steps": "auto",  # a run of any length takes it
                     "warmup_type": "linear",
                     "cos_min_ratio": 0.1,
                 },
