@@ -30,8 +30,8 @@ class Platform:
 
 
 # glibc 2.36 on Linux, one thread. lost_*: between the lines through the medians (60 MiB, 0.17) and the peaks (68 MiB,
-# 0.20) of three steps in four settings of `benchmarks.heap`. runtime_bytes: code and caches of the kernels, what a run of
-# a tiny model takes above its imports. imports_gib: the same run's `imports_gib`.
+# 0.20) of three steps in four settings of `benchmarks.heap`. runtime_bytes: code and caches of the kernels, what a run
+# of a tiny model takes above its imports. imports_gib: the same run's `imports_gib`.
 CPU = Platform(
     on_cpu=True,
     keeps_freed=True,
