@@ -217,8 +217,11 @@ def _place(case: Case, result: States, device: str | None, name: str, size: floa
     if device == "nvme":
         result.nvme += size
         count = case.zero(f"{block}.buffer_count", buffers)
-        size = count * min(case.zero(f"{block}.buffer_size", NVME_BUFFER), case.share) * 4.0
+        if name == "parameters":  # made whole, however small the model (swap_tensor/partitioned_param_swapper.py)
+            size = count * case.zero(f"{block}.buffer_size", NVME_BUFFER) * case.width
+        else:
+            size = count * case.share * 4.0
     where = result.base if case.on_cpu else result.host
     where[name] = where.get(name, 0.0) + size
-    if get_value(case.resolved.deepspeed, f"zero_optimization.{block}.pin_memory"):
+    if device == "nvme" or get_value(case.resolved.deepspeed, f"zero_optimization.{block}.pin_memory"):
         result.pinned += size
