@@ -41,6 +41,7 @@ def single(tmp_path_factory):
 def compare(single: Any, folder: Path, model: str, config: str, more: dict, ranks: int, *flags: str, tolerance=1e-5):
     reference, values = single(model, config, *flags)
     run(folder, model_of(model), values | more, *flags, ranks=ranks).assert_equals(reference, tolerance)
+    assert '"plain_loss"' not in (folder / "run" / "metrics.jsonl").read_text()  # the last stage's is fused too
 
 
 NAMES = ["llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox"]
