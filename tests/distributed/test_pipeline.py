@@ -47,7 +47,7 @@ def compare(single: Any, folder: Path, model: str, config: str, more: dict, rank
 NAMES = ["llama", "llama_tied", "gpt2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt_neox"]
 
 
-@pytest.mark.parametrize("model", thinned(NAMES, "llama_tied", "gpt2", "gemma3", "mixtral"))
+@pytest.mark.parametrize("model", thinned(NAMES, "gpt2", "gemma3", "mixtral"))
 def test_two_stages_equal_one_rank(single, tmp_path, model):
     compare(single, tmp_path, model, "sgd", stages(2) | zero(1), 2)
 
@@ -63,7 +63,11 @@ def test_four_stages_equal_one_rank(single, tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("config", "stage", "tolerance"), [("sgd", 0, 1e-5), ("clipped", 1, 1e-5), ("adamw", 1, 1e-5), ("bf16", 1, 2e-2)]
+    ("config", "stage", "tolerance"),
+    thinned(
+        [("sgd", 0, 1e-5), ("clipped", 1, 1e-5), ("adamw", 1, 1e-5), ("bf16", 1, 2e-2)],
+        *(("sgd", 0, 1e-5), ("bf16", 1, 2e-2)),
+    ),
 )
 def test_three_stages_with_each_optimizer(single, tmp_path, config, stage, tolerance):
     compare(single, tmp_path, "llama_tied", config, stages(3) | zero(stage), 3, tolerance=tolerance)
@@ -115,7 +119,7 @@ def test_a_pretrained_model_continues_from_its_own_loss(tmp_path, shared_data):
     assert 0.9 < sum(losses[1]) / 4 < 1.5
 
 
-@pytest.mark.parametrize("model", thinned(NAMES, "llama_tied", "mixtral"))
+@pytest.mark.parametrize("model", thinned(NAMES, "llama_tied"))
 def test_dualpipev_equals_one_rank(single, tmp_path, model):
     """Four stages, two a rank; ends and beginnings of tied models on one rank."""
     compare(single, tmp_path, model, "sgd", stages(2, **DUALPIPEV) | zero(1), 2)

@@ -29,7 +29,7 @@ def one_rank(tmp_path_factory) -> Baselines:
     return Baselines(tmp_path_factory.mktemp("one_rank"))
 
 
-KEPT = [*SGD_CASES[:4], ("llama_tied", 3), ("gemma3", 1), ("mixtral", 1)]
+KEPT = [*SGD_CASES[:4], ("gemma3", 1), ("mixtral", 1)]
 
 
 @pytest.mark.parametrize(("model", "stage"), thinned(SGD_CASES, *KEPT))
@@ -43,13 +43,13 @@ def test_clipping_and_adamw(one_rank, tmp_path, optimizer, stage):
     run(tmp_path, model, config | TP2 | zero(stage), ranks=2).assert_equals(one_rank(model, config))
 
 
-@pytest.mark.parametrize("stage", thinned([1, 2, 3], 1, 2))
+@pytest.mark.parametrize("stage", thinned([1, 2, 3], 1))
 def test_bf16(one_rank, tmp_path, stage):
     config = ADAMW | BF16
     run(tmp_path, LLAMA, config | TP2 | zero(stage), ranks=2).assert_equals(one_rank(LLAMA, config), 2e-2)
 
 
-@pytest.mark.parametrize("stage", thinned([0, 1, 2, 3], 1, 3))
+@pytest.mark.parametrize("stage", thinned([0, 1, 2, 3], 3))
 def test_with_data_parallel_ranks(one_rank, tmp_path, stage):
     model = MODELS["llama_tied"]
     run(tmp_path, model, SGD_CLIPPED | TP2 | zero(stage), ranks=4).assert_equals(one_rank(model, SGD_CLIPPED))
