@@ -343,8 +343,9 @@ def _build_loader(run: Run) -> Any:
 
 def _identity(config: Any, data: str, seed: int, block_size: int, global_batch: int) -> dict[str, Any]:
     """What makes a run this run: with any of it changed, going on would be another one."""
-    volatile = ("transformers_version", "dtype", "_name_or_path")
-    model = {name: value for name, value in config.to_diff_dict().items() if name not in volatile}
+    from dstrain.models.config import model_identity
+
+    model = model_identity(config)
     return {"model": model, "data": data, "seed": seed, "block_size": block_size, "global_batch": global_batch}
 
 

@@ -106,7 +106,7 @@ def weights_error(run: Path, reference: Path, initial: dict[str, Any] | None) ->
     the length of the difference of all in units of the length of what the steps changed.
 
     The second is for Adam, which makes whole steps of the rounding of gradients that are zero in exact arithmetic, as
-    those of GPT-2's key biases are.
+    those of GPT-2's key biases are, and for OPT, where such biases are tensors of their own.
     """
     from safetensors.torch import load_file
 
@@ -163,7 +163,7 @@ class Comparison:
 
     def outcome(
         self, model: dict[str, Any], config: dict[str, Any], plain: dict[str, Any], ranks: int,
-        flags: tuple[str, ...] = (), plain_flags: tuple[str, ...] = (),
+        flags: tuple[str, ...] = (), plain_flags: tuple[str, ...] = (), zero_gradients: bool = False,
     ) -> Outcome:  # fmt: skip
         low = "bf16" in config or "torch_autocast" in config
         bound = 2e-2 if low else 1e-5
@@ -177,8 +177,8 @@ class Comparison:
         folder, reference = self.reference(model, plain, plain_flags)
         errors = run.errors_against(reference)
         errors["grad_norm"] /= 10  # its bound is ten times wider: a norm adds up what the loss averages
-        adam = config["optimizer"]["type"] == "AdamW"
-        initial = initial_weights(model, self.folder) if adam else None
+        of_change = zero_gradients or config["optimizer"]["type"] == "AdamW"
+        initial = initial_weights(model, self.folder) if of_change else None
         errors["weights"] = weights_error(where, folder, initial) / 10
         return Outcome(max(errors.values()), bound)
 
@@ -200,9 +200,11 @@ def staged(comparison: Comparison) -> dict[str, Outcome]:
     plain = SGD | MICRO | zero(1)
     found = {}
     for model_type in STAGED_TYPES:
-        tiny = tiny_config(model_type).to_dict() | {"vocab_size": 320, "model_type": model_type}
+        tiny = tiny_config(model_type).to_diff_dict() | {"vocab_size": 320, "model_type": model_type}
         model = tiny | {name: 256 for name in ("max_position_embeddings", "n_positions") if name in tiny}
-        found[f"PP2 | {model_type}"] = comparison.compare(f"PP2 | {model_type}", model, plain | pp(2), plain, 2)
+        found[f"PP2 | {model_type}"] = comparison.compare(
+            f"PP2 | {model_type}", model, plain | pp(2), plain, 2, (), (), model_type == "opt"
+        )
     return found
 
 
@@ -280,8 +282,8 @@ def page(parts: dict[str, dict[str, Outcome]]) -> str:
 
 Written by `python -m tests.parallel_matrix`. Each cell is a run of 20 steps compared with one rank at ZeRO-1 from the
 same weights and samples: the largest relative difference of loss and held-out loss, and a tenth of that of gradient
-norm and exported weights (SGD: the largest of any element, in units of its tensor's largest; AdamW: of the change of
-all together). Bounds: 1e-5 in fp32, 2e-2 with bf16. Tiny models of 4 layers, CPU, gloo.
+norm and exported weights (SGD: the largest of any element, in units of its tensor's largest; AdamW and OPT: of the
+change of all together). Bounds: 1e-5 in fp32, 2e-2 with bf16. Tiny models of 4 layers, CPU, gloo.
 
 {sum(outcome.is_exact for outcome in ran)} of {len(ran)} runs within their bound; {len(everything) - len(ran)} refused.
 

@@ -236,3 +236,10 @@ def check_block_size(config: PreTrainedConfig, block_size: int) -> None:
         raise UserError(
             f"--block_size is {block_size}, the model has {positions} positions: write --block_size {positions} or less"
         )
+
+
+def model_identity(config: PreTrainedConfig) -> dict[str, Any]:
+    """What makes a model this model, as strict JSON: infinite values (Mamba 2's time step limit) by their name."""
+    volatile = ("transformers_version", "dtype", "_name_or_path")
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in volatile}
+    return json.loads(json.dumps(values), parse_constant=str)
