@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.trainer import BLOCK_SIZE, MODEL
+from benchmarks.cases import LLAMA_10M
 from dstrain.arguments import ModelArguments
 from dstrain.distributed import use_one_arena
 from dstrain.models.build import build_model
@@ -27,6 +27,7 @@ from dstrain.models.config import load_model_config
 from dstrain.models.loss import install_fused_loss, token_loss
 from dstrain.planner.tracing import Setting, trace_activations
 
+BLOCK_SIZE = 512
 # vocabulary, micro-batch, dtype, checkpointing
 SETTINGS = ((512, 4, "bfloat16", 0), (512, 8, "bfloat16", 0), (512, 4, "float32", 0), (512, 4, "bfloat16", 1),
             (512, 8, "bfloat16", 1), (32_000, 4, "bfloat16", 0), (32_000, 4, "bfloat16", 1))  # fmt: skip
@@ -43,7 +44,7 @@ def measure(vocab_size: int, micro_batch: int, dtype_name: str, checkpointing: i
     dtype = getattr(torch, dtype_name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.json"
-        path.write_text(json.dumps({**MODEL, "vocab_size": vocab_size}))
+        path.write_text(json.dumps({**LLAMA_10M, "vocab_size": vocab_size}))
         margs = ModelArguments(config_name=str(path), gradient_checkpointing=bool(checkpointing))
         config = load_model_config(margs)
     setting = Setting(micro_batch, BLOCK_SIZE, dtype, dtype, gradient_checkpointing=bool(checkpointing))

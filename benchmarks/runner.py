@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from benchmarks.cases import PROGRAMS, Case
 from benchmarks.machine import gpu_names
 from dstrain.launch.processes import adopt_orphans, descendants, end_descendants, remove_unmapped, shared_memory
 from dstrain.monitor.metrics import read_metrics
+from dstrain.parallel import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -31,14 +31,8 @@ _STEP_FIELDS = ("step_time_s", "data_time_s", "tokens_per_second", "model_tflops
 _RUN_FIELDS = ("num_parameters", "world", "peak_tflops", "peak_source", "startup_s", "prediction", "measured")
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 # One port for all runs of a session: DeepSpeed's buffers in /dev/shm carry it in their names.
-PORT = _free_port()
+PORT = free_port()
 
 
 @dataclass(frozen=True)

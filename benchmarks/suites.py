@@ -75,6 +75,36 @@ def cpu() -> Suite:
     )
 
 
+def prediction() -> Suite:
+    """The planner's cases: every file of ds_configs/ that two CPU ranks run, and checkpointing, fp32, accumulation."""
+    fp32: dict[str, Any] = {"overrides": ("bf16.enabled=false",)}
+    checkpointing: dict[str, Any] = {"flags": ("--gradient_checkpointing",)}
+    more = ("zero3_torch_autocast", "tp2_zero2", "sp2_zero1")
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        **{way: (way, {"overrides": NVME} if way.endswith("nvme") else {}) for way in (*WAYS, *more)},
+        **{f"zero{stage}_fp32": (f"zero{stage}", fp32) for stage in (1, 2, 3)},
+        **{f"zero{stage}_checkpointing": (f"zero{stage}", checkpointing) for stage in (2, 3)},
+        "zero2_accumulation": ("zero2", {"overrides": ("gradient_accumulation_steps=4",)}),
+    }
+    return Suite(
+        "prediction",
+        "what the planner says against what runs use: 10 M Llama, blocks of 512, 2 ranks of one thread",
+        tuple(
+            Case(
+                f"{size} {name}",
+                model=model,
+                ds_config=f"{way}.json",
+                block_size=512,
+                max_steps=7,
+                profile=False,
+                **changes,
+            )
+            for size, model in (("vocab512", LLAMA_10M), ("vocab32000", LLAMA_10M_32K))
+            for name, (way, changes) in cases.items()
+        ),
+    )
+
+
 def scaling() -> Suite:
     """1, 2, 4 ranks: the same global batch (strong), and a global batch that grows with the ranks (weak)."""
     workers = (1, 2, 4)
@@ -247,5 +277,6 @@ def gpu() -> Suite:
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
-    suite.__name__: suite for suite in (quick, cpu, scaling, pipeline, peers, sequence, checkpoint, loader, gpu)
+    suite.__name__: suite
+    for suite in (quick, cpu, prediction, scaling, pipeline, peers, sequence, checkpoint, loader, gpu)
 }

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import random
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,14 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dstrain.parallel import Launch
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
+from dstrain.parallel import Launch, free_port
 
 # Until the first step: one rank may tokenise for a long time while the others wait. The lifeline notices the dead.
 START_TIMEOUT = timedelta(hours=2)
@@ -38,7 +30,7 @@ def init_distributed(timeout: timedelta = START_TIMEOUT) -> Launch:
     launch = Launch.from_environment()
     if "RANK" not in os.environ:
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     if not dist.is_initialized():
         use_own_programs()

@@ -5,6 +5,7 @@ parallel innermost (`PipeDataParallelTopology`, `initialize_sequence_parallel`, 
 """
 
 import os
+import socket
 from dataclasses import dataclass
 
 from dstrain.errors import UserError
@@ -64,6 +65,13 @@ class ParallelDims:
     def pp_rank(self, rank: int) -> int:
         """The pipeline stage of this rank."""
         return rank // (self.tp_size * self.sp_size * self.dp_size)
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstrain.parallel import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "dstrain" / "train.py"
 BIN = Path(sys.executable).parent
@@ -32,14 +33,8 @@ _MARK = "DSTRAIN_TEST_RUN"
 _SHM = Path("/dev/shm")
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 # One port for all runs of a session: DeepSpeed leaves 66 MiB in /dev/shm for every (port, rank) of a killed run.
-PORT = _free_port()
+PORT = free_port()
 
 
 @dataclass(frozen=True)

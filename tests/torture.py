@@ -33,8 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dstrain.parallel import free_port
 from tests import checkpoints as ck
-from tests.launch import _free_port, environment
+from tests.launch import environment
 
 SIDE = Path(tempfile.mkdtemp(prefix="torture_side_"))  # what must not fill up: logs and process ids
 STEPS, SAVE_EVERY, TIMEOUT_S = 24, 2, 60.0
@@ -100,7 +101,7 @@ def _rank(rank: int, world: int, port: int, argv: list[str], log: Path) -> None:
 def _launch(world: int, argv: list[str], pids_file: Path, log: Path) -> None:
     """In a forked process: start the ranks, end them all when one fails, pass the code on. Never returns."""
     os.setsid()
-    port, ranks = _free_port(), {}
+    port, ranks = free_port(), {}
     for rank in range(world):
         pid = os.fork()
         if pid == 0:

@@ -1,6 +1,7 @@
 """The benchmark suite without a measurement: its arithmetic, its cases, how a run ends, where a suite goes on."""
 
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from dstrain.monitor.comms import CommsTable
 from dstrain.monitor.metrics import MetricsWriter
 from dstrain.monitor.profiler import split_time
 from tests.benchmark_results import MACHINE, run_of
-from tests.launch import run_command
+from tests.launch import ROOT, run_command
 
 TINY = llama(64, 2, 4, 128, 512)
 ALL = [(suite, case) for make in SUITES.values() for suite in [make()] for case in suite.cases]
@@ -45,11 +46,16 @@ def case_named(name: str, **changes) -> Case:
 # --- every case can run
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_program_can_be_imported(path):
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+
+
 def test_the_suites_are_these():
     assert set(SUITES) == {
-        *("quick", "cpu", "scaling", "pipeline", "peers", "sequence", "checkpoint", "loader", "gpu"),
+        *("quick", "cpu", "prediction", "scaling", "pipeline", "peers", "sequence", "checkpoint", "loader", "gpu"),
     }
-    assert len(ALL) >= 75
+    assert len(ALL) >= 113
 
 
 @pytest.mark.parametrize(("suite", "case"), ALL, ids=[f"{suite.name}: {case.name}" for suite, case in ALL])
