@@ -67,6 +67,26 @@ class ParallelDims:
         return rank // (self.tp_size * self.sp_size * self.dp_size)
 
 
+@dataclass(frozen=True)
+class PipePlacement:
+    """Which stages each pipeline rank holds: one; folded (DualPipeV), two, of which the second is as far from the end
+    as the first is from the beginning, so that the first rank has both ends of the model."""
+
+    pp_size: int
+    folded: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp_size * (2 if self.folded else 1)
+
+    def stages(self, pp_rank: int) -> tuple[int, ...]:
+        """In the order in which a sample meets them."""
+        return (pp_rank, self.num_stages - 1 - pp_rank) if self.folded else (pp_rank,)
+
+    def pp_rank(self, stage: int) -> int:
+        return min(stage, self.num_stages - 1 - stage) if self.folded else stage
+
+
 def free_port() -> int:
     """A port of this host that nobody listens on now."""
     with socket.socket() as s:

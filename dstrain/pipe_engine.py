@@ -32,8 +32,9 @@ class PipeEngine:
         engine._INSTRUCTION_MAP = {kind: _marked(kind, run) for kind, run in engine._INSTRUCTION_MAP.items()}
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, stages.check_head())
-        # 1F1B has the head on the last pipeline rank, DualPipeV on the first.
-        self.plain_loss_reason: str | None = found[0 if resolved.dualpipev else -1]
+        place = resolved.placement
+        with_head = resolved.parallel.world_size // place.pp_size * place.pp_rank(place.num_stages - 1)
+        self.plain_loss_reason: str | None = found[with_head]
         self._shapes: tuple | None = None
         self._plain_norm: torch.Tensor | None = None
         if resolved.zero_stage == 0 and resolved.precision == "fp32":

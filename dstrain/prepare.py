@@ -233,8 +233,7 @@ def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: i
     common = {"seed": args.run.seed, "dtype": _parameter_dtype(resolved), "device": distributed.device()}
     dims = resolved.parallel
     if dims.pp_size > 1:
-        place = {"pipe_rank": dims.pp_rank(rank), "pp_size": dims.pp_size, "folded": resolved.dualpipev}
-        return build_stages(args.model, config, **place, **common)
+        return build_stages(args.model, config, resolved.placement, dims.pp_rank(rank), **common)
     zero3_config = resolved.deepspeed if resolved.zero_stage == 3 else None
     return build_model(args.model, config, zero3_config=zero3_config, **common)
 

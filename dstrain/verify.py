@@ -117,7 +117,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
     )
     _shorten_schedule(raw)
     config = load_model_config(args.model)
-    _shrink_model(config, max(MAX_LAYERS, asked.parallel.pp_size * (2 if asked.dualpipev else 1)))
+    _shrink_model(config, max(MAX_LAYERS, asked.placement.num_stages))
     (scratch / "ds.json").write_text(json.dumps(raw))
     config.save_pretrained(scratch / "model")
     source = args.model.model_name_or_path or args.model.config_name or ""

@@ -15,7 +15,7 @@ from dstrain.config.rules import EARLY, RULES, check_rules
 from dstrain.config.schema import check_schema, meant, whole_numbers
 from dstrain.config.schema_keys import DUALPIPEV
 from dstrain.errors import UserError
-from dstrain.parallel import ParallelDims
+from dstrain.parallel import ParallelDims, PipePlacement
 
 # No line of DeepSpeed's own progress report: dstrain writes the metrics. Its pipeline engine takes a remainder with
 # this number, so that null is a TypeError there once a monitor is on (deepspeed 0.19.8, runtime/pipe/engine.py:684).
@@ -80,6 +80,10 @@ class ResolvedConfig:
     def dualpipev(self) -> bool:
         """Whether the pipeline runs DualPipeV, with two stages a rank, instead of 1F1B with one."""
         return self.parallel.pp_size > 1 and get_value(self.deepspeed, "pipeline.partition") == DUALPIPEV
+
+    @property
+    def placement(self) -> PipePlacement:
+        return PipePlacement(self.parallel.pp_size, self.dualpipev)
 
     @property
     def gradient_clipping(self) -> float:

@@ -12,18 +12,15 @@ from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
 from dstrain.models.pipeline_module import PipeStage, PipeStages
 from dstrain.models.stage import prune
+from dstrain.parallel import PipePlacement
 
 
 def build_stages(
-    margs: ModelArguments, config: PreTrainedConfig, *, pipe_rank: int, pp_size: int, folded: bool, **how: Any
+    margs: ModelArguments, config: PreTrainedConfig, placement: PipePlacement, pp_rank: int, **how: Any
 ) -> PipeStages:
-    """The stages of one of `pp_size` pipeline ranks; see `build_stage`.
-
-    folded: two a rank, from both ends of the model (DualPipeV), so that the first rank has embedding and head.
-    """
-    indices = (pipe_rank, 2 * pp_size - 1 - pipe_rank) if folded else (pipe_rank,)
-    num_stages = pp_size * len(indices)
-    return PipeStages([build_stage(margs, config, index=k, num_stages=num_stages, **how) for k in indices])
+    """The stages of one pipeline rank; see `build_stage`."""
+    how["num_stages"] = placement.num_stages
+    return PipeStages([build_stage(margs, config, index=k, **how) for k in placement.stages(pp_rank)], placement)
 
 
 def build_stage(

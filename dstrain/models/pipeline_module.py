@@ -17,7 +17,7 @@ from dstrain.errors import UserError
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 from dstrain.models.pipeline import PipelinePlan
 from dstrain.models.stage import Stage
-from dstrain.parallel import ParallelDims
+from dstrain.parallel import ParallelDims, PipePlacement
 
 _DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
            torch.float16, torch.bfloat16, torch.float32, torch.float64)  # fmt: skip
@@ -147,8 +147,9 @@ class PipeStages(nn.ModuleList):
     """The stages of one rank, in the order in which a sample meets them: one, or with DualPipeV two, of which the
     second is as far from the end as the first is from the beginning. What they share is one parameter."""
 
-    def __init__(self, stages: Sequence[PipeStage]):
+    def __init__(self, stages: Sequence[PipeStage], placement: PipePlacement):
         super().__init__(stages)
+        self.placement = placement
         self.own = tuple(stages)
         for later in stages[1:]:
             _share(stages[0], later)
@@ -166,11 +167,6 @@ class PipeStages(nn.ModuleList):
     def loss_sum(self) -> Tensor:
         """Sum of the token losses since `begin`, float64 0-d; 0 where there is no last stage."""
         return self.own[-1].loss_sum
-
-    def pipe_ranks(self, indices: Sequence[int]) -> tuple[int, ...]:
-        """Which pipeline ranks hold these stages: with two a rank, the second half runs back over the ranks."""
-        last = self.plan.num_stages - 1
-        return tuple(sorted({min(k, last - k) if len(self.own) > 1 else k for k in indices}))
 
     def begin(self, batches: Sequence[dict[str, Tensor]], scale: Tensor | float) -> None:
         for stage in self.own:
@@ -216,7 +212,8 @@ def _join_tied(stages: PipeStages, dims: ParallelDims, rank: int) -> list[tuple[
     """Process groups over the ranks that hold copies of a parameter; those after the first count as replicas."""
     own = {name: p for stage in stages.own for name, p in stage.model.named_parameters()}
     replicas = dims.world_size // dims.pp_size
-    holders = {name: stages.pipe_ranks(indices) for name, indices in stages.plan.tied.items()}
+    pp_rank = stages.placement.pp_rank
+    holders = {name: tuple(sorted({pp_rank(k) for k in tied})) for name, tied in stages.plan.tied.items()}
     found = []
     groups: dict[tuple[int, ...], Any] = {}
     for pipe_ranks in sorted({at for at in holders.values() if len(at) > 1}):

@@ -105,7 +105,7 @@ def predict_memory(
     """
     dims = resolved.parallel
     activations = trace(setting_of(resolved, flags, platform.on_cpu))
-    parts = shape.parts(dims.pp_size, dims.tp_size, folded=resolved.dualpipev)
+    parts = shape.parts(resolved.placement, dims.tp_size)
     found = []
     for stage, part in enumerate(parts):
         case = Case(resolved, part, ranks=dims.dp_size * dims.sp_size, on_cpu=platform.on_cpu)

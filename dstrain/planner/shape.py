@@ -14,7 +14,10 @@ from dstrain.engine import decoder_layers
 from dstrain.models.build import build_skeleton
 from dstrain.models.pipeline import plan_stages
 from dstrain.models.pipeline_probe import probe_layers
+from dstrain.parallel import PipePlacement
 from dstrain.planner.tracing import tensor_cuts
+
+WHOLE = PipePlacement(pp_size=1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ModelShape:
     def __init__(self, config: Any, margs: ModelArguments):
         self.config = config
         self.model = build_skeleton(margs, config, torch.bfloat16)
-        self._parts: dict[tuple[int, int, bool], list[Part]] = {}
+        self._parts: dict[tuple[PipePlacement, int], list[Part]] = {}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -61,27 +64,27 @@ class ModelShape:
     def _cuts(self) -> set[str]:
         return {name for name, _ in tensor_cuts(self.model)}
 
-    def parts(self, pp_size: int = 1, tp_size: int = 1, *, folded: bool = False) -> list[Part]:
-        """One per pipeline rank. folded: each holds two stages (DualPipeV).
+    def parts(self, placement: PipePlacement = WHOLE, tp_size: int = 1) -> list[Part]:
+        """One per pipeline rank.
 
         Raises NotAChainError for a model that cannot be cut so.
         """
-        key = (pp_size, tp_size, folded)
+        key = (placement, tp_size)
         if key not in self._parts:
             self._parts[key] = self._cut(*key)
         return self._parts[key]
 
-    def _cut(self, pp_size: int, tp_size: int, folded: bool) -> list[Part]:
+    def _cut(self, placement: PipePlacement, tp_size: int) -> list[Part]:
         sizes = self._cut_sizes(tp_size)
         names = [frozenset(sizes)]
         bounds: tuple[int, ...] = (0, self.num_layers)
-        if pp_size > 1:
-            plan = plan_stages(self.model, self._graph, pp_size * (2 if folded else 1))
+        if placement.pp_size > 1:
+            plan = plan_stages(self.model, self._graph, placement.num_stages)
             names, bounds = list(plan.needs), plan.bounds
         layer, last = self._largest_layer(sizes), len(names) - 1
         found = []
-        for rank in range(pp_size):
-            stages = (rank, last - rank) if folded else (rank,)
+        for rank in range(placement.pp_size):
+            stages = placement.stages(rank)
             held = frozenset[str]().union(*(names[k] for k in stages))
             found.append(
                 Part(

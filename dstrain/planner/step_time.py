@@ -37,7 +37,7 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
     """Communication volumes: ZeRO (https://arxiv.org/abs/1910.02054, section 7), Megatron-LM for tensor parallelism,
     DeepSpeed-Ulysses for sequences."""
     dims, micro_batches = resolved.parallel, resolved.gradient_accumulation_steps
-    parts = shape.parts(dims.pp_size, dims.tp_size, folded=resolved.dualpipev)
+    parts = shape.parts(resolved.placement, dims.tp_size)
     part = max(parts, key=lambda p: (p.num_layers, p.last))
     trace = activations.layer * part.num_layers
     if part.last:

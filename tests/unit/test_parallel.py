@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.errors import UserError
-from dstrain.parallel import Launch, ParallelDims
+from dstrain.parallel import Launch, ParallelDims, PipePlacement
 
 sizes = st.integers(1, 4)
 
@@ -67,3 +67,12 @@ def test_launch_from_the_environment(monkeypatch):
     assert other == Launch(rank=5, local_rank=1, world_size=8, local_world_size=8)
     assert not other.is_main
     assert not other.is_main_on_host
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_every_stage_is_on_one_rank(folded):
+    placement = PipePlacement(3, folded)
+    held = {stage: rank for rank in range(3) for stage in placement.stages(rank)}
+    assert sorted(held) == list(range(placement.num_stages))
+    assert all(placement.pp_rank(stage) == rank for stage, rank in held.items())
+    assert placement.pp_rank(placement.num_stages - 1) == (0 if folded else 2)

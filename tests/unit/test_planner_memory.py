@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dstrain.arguments import ModelArguments
 from dstrain.config import RunFacts, resolve_config
 from dstrain.models.config import load_model_config
+from dstrain.parallel import PipePlacement
 from dstrain.planner.hardware import DEVICES
 from dstrain.planner.memory import Flags, Needs, predict_memory
 from dstrain.planner.platform_costs import CPU, CUDA
@@ -141,12 +142,12 @@ def test_tensor_parallel_shapes_follow_the_plan():
     shape = planner_of("llama_10m")[2]
     (whole,), (half,) = shape.parts(), shape.parts(tp_size=2)
     assert half.layer < 0.51 * whole.layer and half.elements < whole.elements
-    assert sum(part.num_layers for part in shape.parts(pp_size=3)) == 6
+    assert sum(part.num_layers for part in shape.parts(PipePlacement(3))) == 6
 
 
 def test_two_stages_a_rank_hold_the_model_once():
     shape = planner_of("llama_10m")[2]
-    first, second = shape.parts(pp_size=2, folded=True)
+    first, second = shape.parts(PipePlacement(2, folded=True))
     assert first.first and first.last and not (second.first or second.last)
     assert first.num_layers + second.num_layers == 6
     assert first.elements + second.elements == shape.num_parameters  # a tied head is beside its embedding
