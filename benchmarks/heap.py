@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.cases import LLAMA_10M
 from dstrain.arguments import ModelArguments
-from dstrain.distributed import use_one_arena
+from dstrain.launch.heap import use_own_heap
 from dstrain.models.build import build_model
 from dstrain.models.config import load_model_config
 from dstrain.models.loss import install_fused_loss, token_loss
@@ -40,7 +40,6 @@ def status_bytes(key: str) -> int:
 
 def measure(vocab_size: int, micro_batch: int, dtype_name: str, checkpointing: int) -> dict[str, Any]:
     """Of this process, which must be fresh."""
-    use_one_arena()
     dtype = getattr(torch, dtype_name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.json"
@@ -90,4 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_own_heap()
     main()

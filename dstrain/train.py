@@ -14,6 +14,10 @@ from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # running by path puts this folder first: our `data` would hide another module of that name
+if __name__ == "__main__":
+    from dstrain.launch.heap import use_own_heap
+
+    use_own_heap()
 
 from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode, NonFiniteError, UserError
