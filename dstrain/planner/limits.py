@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstrain.resilience.cgroup import memory_groups
+
 GIB = 2.0**30
-_UNLIMITED = 2**60  # cgroup v1 writes a number near 2**63
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ def host_limit(root: Path = Path("/")) -> Limit:
 
     root: of /proc and /sys, for tests.
     """
-    return min((_available(root), *_cgroups(root)), key=lambda limit: limit.gib)
+    left = [
+        Limit(max(0, group.limit - group.used) / GIB, f"{group.limit_name} of the control group {group.folder}")
+        for group in memory_groups(root)
+        if group.limit is not None
+    ]
+    return min((_available(root), *left), key=lambda limit: limit.gib)
 
 
 def _available(root: Path) -> Limit:
@@ -29,46 +35,6 @@ def _available(root: Path) -> Limit:
         if line.startswith("MemAvailable:"):
             return Limit(int(line.split()[1]) * 1024 / GIB, "MemAvailable of /proc/meminfo")
     return Limit(float("inf"), "nothing")
-
-
-def _cgroups(root: Path) -> list[Limit]:
-    """Limits of cgroup v2 (memory.max) and v1 (memory.limit_in_bytes), less what is in use and not a mere cache."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / path.strip("/")
-        # Inside a container the path may be the host's, which is not mounted here: the root is then the own group.
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(base):
-                break
-            limit = _group_limit(place, *names)
-            if limit is not None:
-                found.append(limit)
-    return found
-
-
-def _group_limit(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Limit | None:
-    try:
-        limit = int((folder / limit_name).read_text())  # "max" is no number
-        used = int((folder / usage_name).read_text())
-        caches = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
-    except (OSError, ValueError):
-        return None
-    if limit >= _UNLIMITED:
-        return None
-    cache = next((int(value) for name, value in caches if name == cache_name), 0)
-    return Limit(max(0, limit - used + cache) / GIB, f"{limit_name} of the control group {folder}")
 
 
 def device_limit(device: Any) -> Limit | None:

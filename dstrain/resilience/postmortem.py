@@ -21,7 +21,7 @@ from typing import Any
 
 from dstrain.errors import ExitCode, UserError
 from dstrain.monitor.metrics import read_metrics
-from dstrain.resilience.cgroup import memory_group, memory_limit_mib, oom_kills
+from dstrain.resilience.cgroup import memory_group, memory_limit_mib
 from dstrain.resilience.recorder import read_ring
 
 _SHOWN_STEPS = 5
@@ -194,10 +194,13 @@ def _memory_evidence(ranks: list[Rank]) -> list[str]:
         match = re.search(r"(?:Out of memory|Memory cgroup out of memory): Killed process (\d+).*", line)
         if match and int(match[1]) in ours:
             found.append(f"kernel, of rank {ours[int(match[1])]}: {match[0][:200]}")
-    group, kills = memory_group(), oom_kills()
-    before = [rank.oom_kills for rank in ranks if rank.memory_group == str(group) and rank.oom_kills is not None]
-    if not found and kills is not None and before and kills > min(before):
-        found.append(f"the control group {group} has killed {kills - min(before)} processes for memory since the start")
+    group = memory_group()
+    if found or group is None or group.oom_kills is None:
+        return found
+    before = [rank.oom_kills for rank in ranks if rank.memory_group == str(group.folder) and rank.oom_kills is not None]
+    kills = group.oom_kills - min(before, default=group.oom_kills)
+    if kills > 0:
+        found.append(f"the control group {group.folder} has killed {kills} processes for memory since the start")
     return found
 
 

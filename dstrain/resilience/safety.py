@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dstrain import distributed
 from dstrain.errors import ExitCode
-from dstrain.resilience import cgroup
+from dstrain.resilience.cgroup import memory_group
 from dstrain.resilience.exits import ExitTimer, exit_now
 from dstrain.resilience.guard import Guard
 from dstrain.resilience.lifeline import GRACE_S, Lifeline, build_lifeline
@@ -111,9 +111,9 @@ class Safety:
         """When the run folder is this run's. facts: what the black box should know of the process."""
         self._monitor, self._names, self._global_batch = monitor, names, global_batch
         self._next = samples_consumed
-        self.recorder = Recorder(
-            logs, self.rank, **facts, memory_group=str(cgroup.memory_group()), oom_kills=cgroup.oom_kills()
-        )
+        group = memory_group()
+        known = {"memory_group": str(group.folder), "oom_kills": group.oom_kills} if group else {}
+        self.recorder = Recorder(logs, self.rank, **facts, **known)
         self.guard = Guard(
             allowed=skip_nonfinite,
             scaled=scaled,

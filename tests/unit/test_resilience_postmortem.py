@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
 from dstrain.cli import main
 from dstrain.monitor.metrics import MetricsWriter, median_fields
 from dstrain.resilience import postmortem
+from dstrain.resilience.cgroup import MemoryGroup
 from dstrain.resilience.recorder import Recorder
 
 HANG = """--- 2026-01-01 00:00:00: no progress for 9 s in step 4
@@ -86,8 +88,8 @@ def test_a_kill_for_memory_is_known_from_the_control_group(build, monkeypatch):
     for rank, kills in ((0, 3), (1, 3)):
         Recorder(folder / "logs", rank, host=socket.gethostname(), memory_group="/g", oom_kills=kills).close()
     for now, group, known in ((4, "/g", True), (3, "/g", False), (4, "/other", False)):
-        monkeypatch.setattr(postmortem, "oom_kills", lambda now=now: now)
-        monkeypatch.setattr(postmortem, "memory_group", lambda group=group: group)
+        found = MemoryGroup(Path(group), None, "memory.max", 0, oom_kills=now)
+        monkeypatch.setattr(postmortem, "memory_group", lambda found=found: found)
         assert ("has killed 1 processes for memory since the start" in postmortem.examine(folder).write()) == known
 
 
