@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.resilience.cgroup import memory_groups
+from dstrain.monitor.cgroup import memory_groups
 
 GIB = 2.0**30
 

@@ -9,7 +9,7 @@ phase's. docs/planner.md says what is counted and what is not.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,12 @@ from dstrain.config import ResolvedConfig
 from dstrain.planner.platform_costs import Platform
 from dstrain.planner.shape import ModelShape, Part
 from dstrain.planner.states import Case, States, states_of
-from dstrain.planner.tracing import Activations, Setting, Trace
+from dstrain.planner.tracing import MOST_ON_HEAP, Activations, Setting, Trace
 
 GIB = 2.0**30
 PARTS = ("parameters", "gathered", "gradients", "optimizer", "activations", "loss", "communication", "checkpoint",
          "allocator", "runtime")  # fmt: skip
 
-# Largest block that glibc's malloc takes from the heap once one of its size was freed (DEFAULT_MMAP_THRESHOLD_MAX).
-MOST_ON_HEAP = 32 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,7 +102,8 @@ def predict_memory(
     Raises NotAChainError for a model that the pipeline cannot cut, and what the model's own code raises.
     """
     dims = resolved.parallel
-    activations = trace(setting_of(resolved, flags, platform.on_cpu))
+    setting = setting_of(resolved, flags, platform.on_cpu)
+    activations = with_exchanges(trace(setting), setting, dims.sp_size, shape)
     parts = shape.parts(resolved.placement, dims.tp_size)
     found = []
     for stage, part in enumerate(parts):
@@ -113,13 +112,16 @@ def predict_memory(
         # 1F1B; DualPipeV keeps one more than there are ranks, everywhere (arXiv 2412.19437, table 2).
         in_flight = dims.pp_size + 1 if resolved.dualpipev else dims.pp_size - stage
         in_flight = min(in_flight, resolved.gradient_accumulation_steps)
-        phases = _phases(states, _of_stage(activations, part), in_flight, saved_copy(case, flags))
+        own = _of_stage(activations, part)
+        phases = _phases(states, own, in_flight, saved_copy(case, flags))
+        on_heap = (in_flight - 1) * own.saved + own.small_peak
         if platform.keeps_freed:
-            phases = _on_one_heap(phases)
+            phases = _on_one_heap(phases, on_heap)
         name, bytes_by_part = max(phases.items(), key=lambda item: sum(item[1].values()))
-        found.append((sum(bytes_by_part.values()), stage, name, bytes_by_part, states, case))
-    _, stage, phase, bytes_by_part, states, case = max(found, key=lambda item: item[0])
-    device = _with_total(platform.overhead(bytes_by_part))
+        needed = platform.overhead(bytes_by_part, on_heap)
+        found.append((sum(needed.values()), stage, name, needed, states, case))
+    _, stage, phase, needed, states, case = max(found, key=lambda item: item[0])
+    device = _with_total(needed)
     host = _host(device, states, case, platform, ranks_per_host, flags)
     return Needs(
         device=device,
@@ -132,6 +134,16 @@ def predict_memory(
     )
 
 
+def with_exchanges(activations: Activations, setting: Setting, sp_size: int, shape: ModelShape) -> Activations:
+    """Ulysses' exchanges keep three tensors of hidden states more of each layer: 26 MiB in the 6 layers of the suite
+    `prediction`'s `sp2_zero3`, by a profile of what PyTorch has allocated."""
+    if sp_size == 1:
+        return activations
+    hidden = shape.config.get_text_config().hidden_size
+    size = 3.0 * setting.micro_batch * setting.seq_len * hidden * setting.compute.itemsize
+    return replace(activations, layer=activations.layer + Trace(size, 0.0, size, size, size))
+
+
 def _of_stage(activations: Activations, part: Part) -> Trace:
     """What a stage keeps: its layers, and the embedding's and the head's where it has them."""
     whole = activations.layer * part.num_layers
@@ -142,7 +154,8 @@ def _of_stage(activations: Activations, part: Part) -> Trace:
         return whole + outside
     # Without a head: nothing of the loss, and in either peak only what a layer needs.
     transient = max(0.0, outside.backward_peak - outside.saved - outside.loss)
-    return whole + Trace(outside.saved, 0.0, outside.saved, outside.saved + min(transient, activations.layer.saved))
+    peak = outside.saved + min(transient, activations.layer.saved)
+    return whole + Trace(outside.saved, 0.0, outside.saved, peak, small_peak=min(peak, outside.small_peak))
 
 
 def _phases(states: States, stage: Trace, in_flight: int, copy: float) -> dict[str, dict[str, float]]:
@@ -162,19 +175,20 @@ def _phases(states: States, stage: Trace, in_flight: int, copy: float) -> dict[s
     return phases
 
 
-def _on_one_heap(phases: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What the passes free stays with the heap, in holes too small for the flat buffers of the phases behind them:
-    these come on top, and one after the other, unless they are so large that malloc maps them for themselves. Single
-    gradients fit into the holes."""
+def _on_one_heap(phases: dict[str, dict[str, float]], on_heap: float) -> dict[str, dict[str, float]]:
+    """What the passes free of small blocks stays with the heap, in holes too small for the flat buffers of the phases
+    behind them: these come on top, and one after the other, unless they are so large that malloc maps them for
+    themselves. Single gradients fit into the holes. on_heap: the most that the passes have in small blocks."""
     passes = {name: phases[name] for name in ("forward", "backward")}
     later = {name: dict(phase) for name, phase in phases.items() if name not in passes}
-    fullest = max(passes.values(), key=lambda phase: sum(phase.values()))
-    buffers = [phase["communication"] for phase in later.values()]
+    gathered = max(phase["gathered"] for phase in passes.values())
+    lasting = min(phase["communication"] for phase in phases.values())
+    buffers = [phase["communication"] - lasting for phase in later.values()]
     for phase in later.values():
-        for part in ("activations", "loss", "gathered"):
-            phase[part] = max(phase[part], fullest[part])
+        phase["activations"] += on_heap
+        phase["gathered"] = max(phase["gathered"], gathered)
         if max(buffers) < 2 * MOST_ON_HEAP:  # a phase has a buffer and a copy of it
-            phase["communication"] = sum(buffers)
+            phase["communication"] = lasting + sum(buffers)
     return passes | later
 
 

@@ -21,10 +21,10 @@ class Platform:
     imports_gib: float
     shared_gib: float = 0.0
 
-    def overhead(self, bytes_by_part: dict[str, float]) -> dict[str, float]:
-        """The parts, with `allocator` and `runtime`."""
-        moving = ("activations", "loss") if self.keeps_freed else ("activations", "loss", "communication", "gathered")
-        size = sum(bytes_by_part[name] for name in moving)
+    def overhead(self, bytes_by_part: dict[str, float], on_heap: float) -> dict[str, float]:
+        """The parts, with `allocator` and `runtime`. on_heap: bytes of the passes that come from a heap."""
+        moving = ("activations", "loss", "communication", "gathered")
+        size = on_heap if self.keeps_freed else sum(bytes_by_part[name] for name in moving)
         lost = min(self.lost_bytes + self.lost_share * size, self.lost_times * size)
         return {**bytes_by_part, "allocator": lost, "runtime": self.runtime_bytes}
 
@@ -37,7 +37,7 @@ CPU = Platform(
     keeps_freed=True,
     runtime_bytes=35 * MIB,
     lost_bytes=62 * MIB,
-    lost_share=0.19,
+    lost_share=0.12,
     lost_times=1.3,
     imports_gib=0.41,
     shared_gib=66 / 1024,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dstrain.config import ResolvedConfig
 from dstrain.config.load import get_value
 from dstrain.planner.shape import Part
+from dstrain.planner.tracing import MOST_ON_HEAP
 
 # Elements; DeepSpeed's defaults (runtime/zero/config.py and runtime/constants.py).
 REDUCE_BUCKET = 500_000_000
@@ -56,6 +57,18 @@ class Case:
         return 4 if self.resolved.precision == "fp32" else 2
 
     @property
+    def reduced_width(self) -> int:
+        """Bytes of one gradient as it is reduced (`communication_data_type` of runtime/engine.py)."""
+        names = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
+        deepspeed = self.resolved.deepspeed
+        if self.resolved.parallel.sp_size > 1:
+            return names[get_value(deepspeed, "seq_parallel_communication_data_type") or "fp32"]
+        if self.resolved.autocast_dtype:
+            return 2
+        named = get_value(deepspeed, "communication_data_type")
+        return names[named] if named else self.width
+
+    @property
     def share(self) -> float:
         return self.elements / self.ranks
 
@@ -100,16 +113,14 @@ def _plain(case: Case) -> States:
     time."""
     gradients = float(case.width * case.elements)
     flat = case.width * min(case.elements, REDUCE_BUCKET + case.part.largest)
-    own = gradients if case.accumulates or not case.on_cpu else 0.0
     return States(
         base={"parameters": gradients, "optimizer": case.moments * case.elements},
         phases={
             "forward": {"gradients": gradients if case.accumulates else 0.0},
             "backward": {"gradients": gradients if case.accumulates else 0.0},
-            # On a CPU single gradients take the place of the activations that the backward pass has freed.
-            "backward_end": {"gradients": own},
-            "reduce": {"gradients": own, "communication": flat},
-            "step": {"gradients": own},
+            "backward_end": {"gradients": gradients},
+            "reduce": {"gradients": gradients, "communication": flat},
+            "step": {"gradients": gradients},
         },
     )
 
@@ -144,7 +155,9 @@ def _stage12(case: Case) -> States:
     kept = (own if stage2 else whole) if case.accumulates else 0.0
     result = States(base={"parameters": whole}, phases={})
     optimizer = (4.0 + case.moments) * case.share
-    copy = width * min(case.elements, case.zero("reduce_bucket_size", REDUCE_BUCKET))
+    copy = case.reduced_width * min(case.elements, case.zero("reduce_bucket_size", REDUCE_BUCKET))
+    if case.reduced_width != width:
+        copy += width / case.reduced_width * copy
     before = whole if not stage2 and not case.on_cpu else 0.0  # on stage 1 gradients move into the bucket at the end
     result.phases = {
         "forward": {"gradients": kept, "communication": bucket},
@@ -170,10 +183,17 @@ def _stage3(case: Case) -> States:
     gathered = width * float(min(case.elements, case.part.largest + prefetch, live + case.part.largest))
     if not case.on_cpu:  # gathered on a stream of its own, whose memory no other stream gets
         gathered = max(gathered, width * float(min(case.elements, live)))
-    touched = width * case.bucket(case.elements)
-    bucket = 0.0 if case.on_cpu else touched
-    copy = width * min(case.elements, case.zero("reduce_bucket_size", REDUCE_BUCKET))
-    result = States()
+    elif width * case.part.largest < MOST_ON_HEAP:  # it comes and goes in both passes, each time to a new place
+        gathered += 2 * width * case.part.largest
+    # Gradients go into a bucket, in the dtype in which they are reduced; `reduce_scatter_coalesced` sorts them by rank
+    # into a copy of it, and what a rank receives becomes fp32.
+    bucket_of = case.reduced_width * case.bucket(case.elements)
+    copy = case.reduced_width * min(case.elements, case.zero("reduce_bucket_size", REDUCE_BUCKET))
+    received = 4.0 * case.bucket(case.elements) / case.ranks if case.reduced_width < 4 else 0.0
+    received = max(received, _gloo(case, copy))
+    # gloo gathers into a tensor of its own; a small one stays with the heap of the thread that did it.
+    gathers = _gloo(case, width * float(prefetch))
+    result = States(base={"communication": bucket_of + (gathers if gathers < MOST_ON_HEAP else 0.0)})
     parameters = width * case.share
     if case.resolved.offload_param:
         _place(case, result, case.resolved.offload_param, "parameters", parameters, NVME_PARAM_BUFFERS)
@@ -188,16 +208,15 @@ def _stage3(case: Case) -> States:
         result.base["optimizer"] = optimizer
         result.base["gradients"] = own
     step = 0.0 if case.resolved.offload_optimizer else 4.0 * min(case.share, SUB_GROUP)
-    received = 4.0 * case.bucket(case.elements) / case.ranks
     # On an accelerator gradients are reduced on another stream while the backward pass goes on: the largest waits, and
     # what the reduction allocates is that stream's.
     waiting = 0.0 if case.on_cpu else width * float(case.part.largest)
     other = 0.0 if case.on_cpu else copy + received
-    result.phases = {
-        "forward": {"gathered": gathered, "communication": bucket + other},
-        "backward": {"gathered": gathered, "communication": bucket + other, "gradients": waiting},
-        "backward_end": {"gathered": gathered, "communication": touched + copy + received},
-        "step": {"gradients": step, "communication": bucket + _gloo(case, width * float(prefetch))},
+    result.phases |= {
+        "forward": {"gathered": gathered, "communication": other},
+        "backward": {"gathered": gathered, "communication": other, "gradients": waiting},
+        "backward_end": {"gathered": gathered, "communication": copy + received},
+        "step": {"gradients": step, "communication": gathers},
     }
     return result
 
@@ -216,6 +235,12 @@ def _place(case: Case, result: States, device: str | None, name: str, size: floa
     block = "offload_optimizer" if name == "optimizer" else "offload_param"
     if device == "nvme":
         result.nvme += size
+        if name == "optimizer":  # the last checkpoint has masters and moments of this rank in memory, and a buffer
+            save = {"checkpoint": (8.0 + case.moments) * case.share}
+            if case.on_cpu:
+                result.phases["save"] = save
+            else:
+                result.host |= save
         count = case.zero(f"{block}.buffer_count", buffers)
         if name == "parameters":  # made whole, however small the model (swap_tensor/partitioned_param_swapper.py)
             size = count * case.zero(f"{block}.buffer_size", NVME_BUFFER) * case.width

@@ -26,6 +26,9 @@ from dstrain.models import cross_entropy
 from dstrain.models.build import build_skeleton, save_activations
 from dstrain.models.loss import install_fused_loss, token_loss
 
+# Blocks from this size on malloc maps for themselves, and gives back (dstrain/launch/heap.py).
+MOST_ON_HEAP = 32 * 2**20
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -33,6 +36,7 @@ class Trace:
 
     saved: alive between forward and backward, without the loss's own. loss: what the head and the loss hold then (its
     gradients, or logits). forward_peak, backward_peak: the most that is ever alive in either, all of it included.
+    small_peak: the most in either of blocks that glibc's malloc takes from its heap.
     Work of both passes: flops of products of matrices and attention; traffic, bytes that the other operators read and
     write; operators, how many were called.
     """
@@ -41,6 +45,7 @@ class Trace:
     loss: float
     forward_peak: float
     backward_peak: float
+    small_peak: float = 0.0
     flops: float = 0.0
     traffic: float = 0.0
     operators: float = 0.0
@@ -89,6 +94,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, outside: Iterable[Tensor], most_labels: int, fused_kernel: bool = False):
         super().__init__()
         self.live = {"model": 0, "loss": 0}
+        self.small = self.small_peak = 0
         self.peak, self.place = 0, "model"
         self.flops = self.traffic = self.operators = 0.0
         self._left_out = 1.0  # the loss is run on a part of its tokens: its work counts so many times
@@ -124,14 +130,18 @@ class _Counter(TorchDispatchMode):
         key, size, place = id(storage), storage.nbytes(), self.place
         if key in self._known:
             return
+        small = size if size < MOST_ON_HEAP else 0
 
         def gone(_: Any) -> None:
             self.live[place] -= size
+            self.small -= small
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, gone)
         self.live[place] += size
+        self.small += small
         self.peak = max(self.peak, sum(self.live.values()))
+        self.small_peak = max(self.small_peak, self.small)
 
     def restart(self) -> None:
         self.peak = sum(self.live.values())
@@ -198,7 +208,7 @@ def trace_once(config: Any, setting: Setting) -> Trace:
             counter.place = "model"
             loss.backward()
     work = (counter.flops, counter.traffic, counter.operators)
-    return Trace(saved["model"], saved["loss"], forward_peak, counter.peak, *work)
+    return Trace(saved["model"], saved["loss"], forward_peak, counter.peak, counter.small_peak, *work)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import ExitCode, UserError
+from dstrain.monitor.cgroup import memory_group, memory_limit_mib
 from dstrain.monitor.metrics import read_metrics
-from dstrain.resilience.cgroup import memory_group, memory_limit_mib
 from dstrain.resilience.recorder import read_ring
 
 _SHOWN_STEPS = 5

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dstrain import distributed
 from dstrain.errors import ExitCode
-from dstrain.resilience.cgroup import memory_group
+from dstrain.monitor.cgroup import memory_group
 from dstrain.resilience.exits import ExitTimer, exit_now
 from dstrain.resilience.guard import Guard
 from dstrain.resilience.lifeline import GRACE_S, Lifeline, build_lifeline

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dstrain.cli import main
+from dstrain.monitor.cgroup import MemoryGroup
 from dstrain.monitor.metrics import MetricsWriter, median_fields
 from dstrain.resilience import postmortem
-from dstrain.resilience.cgroup import MemoryGroup
 from dstrain.resilience.recorder import Recorder
 
 HANG = """--- 2026-01-01 00:00:00: no progress for 9 s in step 4
