@@ -10,7 +10,6 @@ of `--json` is JSON.
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from dstrain.arguments import ModelArguments, is_taken
 from dstrain.errors import ExitCode, UserError
+from dstrain.parallel import free_port
 
 PROBE_TIMEOUT_S = 600.0
 
@@ -149,11 +149,8 @@ def facts_are_of_a_cpu(facts: dict[str, Any]) -> bool:
 
 def _start(flags: list[str], ranks: int) -> str | None:
     """train.py under torchrun; returns the last line of what went wrong."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     train = Path(__file__).resolve().parent.parent / "train.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     try:
         done = subprocess.run(
