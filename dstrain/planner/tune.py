@@ -150,7 +150,8 @@ def facts_are_of_a_cpu(facts: dict[str, Any]) -> bool:
 def _start(flags: list[str], ranks: int) -> str | None:
     """train.py under torchrun; returns the last line of what went wrong."""
     train = Path(__file__).resolve().parent.parent / "train.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += ["--master_port", str(free_port())]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     try:
         done = subprocess.run(
