@@ -66,7 +66,7 @@ def run_case(case: Case, folder: Path, *, profile: bool = False) -> dict[str, An
         return record | json.loads((folder / "result.json").read_text())
     if profile:
         return record | read_profile(folder / "run", case.model)
-    return record | read_run(folder / "run", case.warmup_steps) | {"nvme_gib": allocated_gib(folder / "nvme")}
+    return record | read_run(folder / "run", case.warmup_steps)
 
 
 def command_of(case: Case, folder: Path, *, profile: bool = False) -> list[str]:
@@ -210,6 +210,7 @@ def read_run(run: Path, warmup_steps: int) -> dict[str, Any]:
         "peak_device_memory_gib": train[-1]["peak_device_memory_gib"],
         "host_memory_gib": train[-1]["host_memory_gib"],
         "saves": saves,
+        "nvme_gib": facts["measured"]["nvme_gib"],
         "deepspeed_config": {
             name: config[name]
             for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -237,11 +238,6 @@ def read_profile(run: Path, model: Mapping[str, Any]) -> dict[str, Any]:
         "sent_bytes": measured_bytes(per_step, shape, **dims),
         "theory_bytes": theory_bytes(shape, stage=stage, **dims),
     }
-
-
-def allocated_gib(folder: Path) -> float:
-    """What the files below a folder take on the disk."""
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file()) / 2**30
 
 
 def shown(text: str, folder: Path) -> str:

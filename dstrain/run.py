@@ -189,10 +189,13 @@ class Run:
     def _compare_with_prediction(self) -> None:
         """A collective."""
         from dstrain import distributed
+        from dstrain.launch.swap import swapped_bytes
         from dstrain.monitor.logs import screen
 
         device = distributed.device()
-        measured = self.foresight.compare(device, self.monitor.train_lines, self.checkpoint_bytes)
+        measured = self.foresight.compare(
+            device, self.monitor.train_lines, self.checkpoint_bytes, swapped_bytes(self.resolved)
+        )
         if self.launch.is_main:
             self.folder.update(measured=measured)
             if text := self.foresight.describe_comparison(measured, on_cpu=device.type == "cpu"):

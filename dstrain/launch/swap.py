@@ -71,6 +71,14 @@ class SwapFolders:
             os.close(lock)
 
 
+def swapped_bytes(resolved: ResolvedConfig) -> int:
+    """What this rank has on NVMe now, in blocks of the disk. resolved: as `localize` returned it."""
+    zero = resolved.deepspeed["zero_optimization"]
+    blocks = [zero[name] for name in _BLOCKS if (zero.get(name) or {}).get("device") == "nvme"]
+    paths = {path for block in blocks for path in Path(block["nvme_path"]).rglob("*")}
+    return sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
+
+
 def _new_locked_folder(parent: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))

@@ -3,6 +3,7 @@
 import os
 import socket
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -95,11 +96,16 @@ class Foresight:
         text += f"{host['total']:.2f} GiB a host, {self.prediction['checkpoint_gib']:.2f} GiB a checkpoint"
         return text + (f", {seconds:.2f} s a step" if seconds else "")
 
-    def compare(self, device: Any, train_lines: Lines, checkpoint_bytes: int | None) -> dict[str, Any]:
-        """run.json's `measured`, at the end of a run. A collective."""
+    def compare(
+        self, device: Any, train_lines: Lines, checkpoint_bytes: int | None, swapped_bytes: int
+    ) -> dict[str, Any]:
+        """run.json's `measured`, at the end of a run. swapped_bytes: of this rank, on NVMe. A collective."""
         from dstrain.monitor.devices import GIB, peak_memory_gib
 
         device_gib, host_gib = distributed.max_over_ranks(list(peak_memory_gib(device)))
+        on_nvme: Counter[str] = Counter()
+        for host, size in distributed.gather_objects((socket.gethostname(), swapped_bytes)):
+            on_nvme[host] += size
         times = [line["step_time_s"] for line in train_lines]
         times = times[WARMUP_STEPS:] or times
         return {
@@ -109,6 +115,7 @@ class Foresight:
             "peak_above_imports_gib": host_gib - self.imports_gib,
             "step_time_s": statistics.median(times) if times else None,
             "checkpoint_gib": None if checkpoint_bytes is None else checkpoint_bytes / GIB,
+            "nvme_gib": max(on_nvme.values()) / GIB,
         }
 
     def describe_comparison(self, measured: dict[str, Any], on_cpu: bool) -> str | None:

@@ -29,9 +29,9 @@ class Platform:
         return {**bytes_by_part, "allocator": lost, "runtime": self.runtime_bytes}
 
 
-# glibc 2.36 on Linux, one thread. lost_*: between the lines through the medians (60 MiB, 0.17) and the peaks (68 MiB,
-# 0.20) of three steps in four settings of `benchmarks.heap`. runtime_bytes: code and caches of the kernels, what a run
-# of a tiny model takes above its imports. imports_gib: the same run's `imports_gib`.
+# glibc 2.36 with the heap of dstrain/launch/heap.py. lost_*: `benchmarks.heap` finds 55 MiB and 0.10 without DeepSpeed,
+# whose hooks keep more small objects: a little more, fitted to runs of the suite `prediction`. runtime_bytes: code and
+# caches of the kernels, what a run of a tiny model takes above its imports. imports_gib: the same run's `imports_gib`.
 CPU = Platform(
     on_cpu=True,
     keeps_freed=True,

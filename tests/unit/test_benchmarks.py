@@ -18,7 +18,6 @@ from benchmarks.runner import (
     REFUSED,
     TIMEOUT,
     Ended,
-    allocated_gib,
     command_of,
     config_of,
     flags_of,
@@ -147,13 +146,6 @@ def test_nothing_of_a_run_is_left(tmp_path):
         "assert not descendants() and a.exit_code == 0 and b.exit_code is None and b.seconds < 15\n"
     )
     run_command([sys.executable, "-c", code], timeout_s=60.0).check()  # a process of its own: it adopts orphans
-
-
-def test_nvme_counts_what_is_on_the_disk(tmp_path):
-    (tmp_path / "nvme").mkdir()
-    assert allocated_gib(tmp_path / "nvme") == 0.0
-    (tmp_path / "nvme" / "a").write_bytes(b"x" * 2**20)
-    assert allocated_gib(tmp_path / "nvme") == pytest.approx(2**-10, rel=0.05)
 
 
 # --- where a suite goes on

@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dstrain.config import resolve_config
 from dstrain.errors import UserError
-from dstrain.launch.swap import SwapFolders, remove_stale
+from dstrain.launch.swap import SwapFolders, remove_stale, swapped_bytes
 from tests.launch import ROOT, environment
 
 
@@ -33,6 +34,17 @@ def test_two_runs_with_one_nvme_path_swap_apart(tmp_path):
         run.close()
         run.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_rank_has_swapped_is_counted_once(tmp_path):
+    with SwapFolders() as swap:
+        resolved = swap.localize(config(tmp_path, "offload_optimizer", "offload_param"))
+        assert swapped_bytes(resolved) == 0
+        folder = Path(resolved.deepspeed["zero_optimization"]["offload_param"]["nvme_path"], "zero_stage_3")
+        folder.mkdir()
+        (folder / "a").write_bytes(b"x" * 2**20)
+        assert swapped_bytes(resolved) == pytest.approx(2**20, rel=0.05)
+    assert swapped_bytes(config(tmp_path, "offload_param", device="cpu")) == 0
 
 
 def test_what_a_killed_rank_left_is_deleted_by_the_next_start(tmp_path):
