@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.heap
 
 A 10 M-parameter Llama in one process without DeepSpeed, each setting in a process of its own: the peak of three steps
-above the memory that a step of 8 tokens leaves, less the traced peak. The straight line through the settings gives
-`lost_bytes` and `lost_share` of `dstrain/planner/platform_costs.py`. The last line is JSON.
+above the memory that a step of 8 tokens leaves, less the traced peak. The straight line through the settings is where
+`lost_bytes` and `lost_share` of `dstrain/planner/platform_costs.py` come from. The heap is that of a rank
+(`dstrain/launch/heap.py`); with `GLIBC_TUNABLES=glibc.malloc.arena_max=8` it is glibc's own. The last line is JSON.
 """
 
 import argparse

@@ -179,6 +179,8 @@ def peers() -> Suite:
             ours = f"{turn}: dstrain"
             cases.append(Case(ours, **common))
             cases += [Case(f"{turn}: {peer}", program=peer, baseline=ours, **common) for peer in others]
+            if (precision, size) == ("bf16", "vocab512"):
+                cases.append(Case(f"{turn}: dstrain compiled", flags=("--compile",), baseline=ours, **common))
     return Suite(
         "peers", "other trainers on the same model, tokens, global batch and precision, in turns", tuple(cases)
     )

@@ -148,8 +148,6 @@ def _of_stage(activations: Activations, part: Part) -> Trace:
     """What a stage keeps: its layers, and the embedding's and the head's where it has them."""
     whole = activations.layer * part.num_layers
     outside = activations.outside
-    if part.first and part.last:
-        return whole + outside
     if part.last:
         return whole + outside
     # Without a head: nothing of the loss, and in either peak only what a layer needs.
