@@ -24,15 +24,22 @@ WHOLE = PipePlacement(pp_size=1)
 class Part:
     """What one pipeline rank (without a pipeline: every rank) holds, in elements, after tensor parallelism.
 
-    largest: of one parameter. layer: of one decoder layer, the largest. first, last: has the embedding, has the head.
+    sizes: of each parameter. layer: of one decoder layer, the largest. first, last: has the embedding, has the head.
     """
 
-    elements: int
-    largest: int
+    sizes: tuple[int, ...]
     layer: int
     num_layers: int
     first: bool
     last: bool
+
+    @cached_property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+    @cached_property
+    def largest(self) -> int:
+        return max(self.sizes)
 
 
 class ModelShape:
@@ -88,8 +95,7 @@ class ModelShape:
             held = frozenset[str]().union(*(names[k] for k in stages))
             found.append(
                 Part(
-                    elements=sum(sizes[name] for name in held),
-                    largest=max(sizes[name] for name in held),
+                    sizes=tuple(sizes[name] for name in held),
                     layer=layer,
                     num_layers=sum(bounds[k + 1] - bounds[k] for k in stages),
                     first=0 in stages,

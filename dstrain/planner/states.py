@@ -18,6 +18,7 @@ MAX_LIVE = 1_000_000_000
 SUB_GROUP = 1_000_000_000
 PERSISTENCE = 100_000
 NVME_BUFFER, NVME_PARAM_BUFFERS, NVME_OPTIMIZER_BUFFERS = 100_000_000, 5, 4
+MIN_AIO_BYTES = 2**20  # what is smaller stays in memory (runtime/swap_tensor/utils.py)
 # Tensors of the parameter's size that an optimizer keeps, by its name in the JSON.
 _MOMENTS = {"sgd": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "muon": 1, "adafactor": 1}
 
@@ -88,6 +89,11 @@ class Case:
     def zero(self, key: str, default: float) -> float:
         value = get_value(self.resolved.deepspeed, f"zero_optimization.{key}")
         return default if value is None or isinstance(value, str) else value
+
+    def swapped(self, width: float) -> float:
+        """Bytes of this rank's part of what has so many bytes a parameter and is large enough for a disk."""
+        shares = (width * size / self.ranks for size in self.part.sizes)
+        return sum(share for share in shares if share >= MIN_AIO_BYTES)
 
     def bucket(self, touched: float) -> float:
         """Elements of the reduce bucket: allocated whole, though a CPU's kernel gives only the pages in use."""
@@ -233,19 +239,19 @@ def _offload(case: Case, result: States, size: float) -> None:
 def _place(case: Case, result: States, device: str | None, name: str, size: float, buffers: int) -> None:
     """Put `size` bytes of states on the host or the disk. On a CPU the host's memory is the device's."""
     block = "offload_optimizer" if name == "optimizer" else "offload_param"
-    if device == "nvme":
-        result.nvme += size
-        if name == "optimizer":  # the last checkpoint has masters and moments of this rank in memory, and a buffer
-            save = {"checkpoint": (8.0 + case.moments) * case.share}
-            if case.on_cpu:
-                result.phases["save"] = save
-            else:
-                result.host |= save
-        count = case.zero(f"{block}.buffer_count", buffers)
-        if name == "parameters":  # made whole, however small the model (swap_tensor/partitioned_param_swapper.py)
-            size = count * case.zero(f"{block}.buffer_size", NVME_BUFFER) * case.width
+    if device == "nvme" and name == "optimizer":
+        states = (4.0 + case.moments) * case.share  # one flat tensor each
+        result.nvme += states + case.swapped(4.0)  # and gradients
+        size = case.zero(f"{block}.buffer_count", buffers) * case.share * 4.0
+        save = {"checkpoint": states + 4.0 * case.share}  # the last checkpoint has them in memory, and a buffer
+        if case.on_cpu:
+            result.phases["save"] = save
         else:
-            size = count * case.share * 4.0
+            result.host |= save
+    elif device == "nvme":
+        result.nvme += case.swapped(case.width)
+        # Made whole, however small the model (swap_tensor/partitioned_param_swapper.py).
+        size = case.zero(f"{block}.buffer_count", buffers) * case.zero(f"{block}.buffer_size", NVME_BUFFER) * case.width
     where = result.base if case.on_cpu else result.host
     where[name] = where.get(name, 0.0) + size
     if device == "nvme" or get_value(case.resolved.deepspeed, f"zero_optimization.{block}.pin_memory"):
