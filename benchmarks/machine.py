@@ -82,14 +82,22 @@ def measure() -> dict[str, Any]:
 
 
 def build_ops_for(configs: Sequence[str]) -> None:
-    """What these DeepSpeed JSONs need, so that no case pays minutes of compiling."""
+    """What these DeepSpeed JSONs need, so that no case pays minutes of compiling.
+
+    What cannot be built (no libaio, say) is only told: its cases are refused by the run itself, which is their result.
+    """
     import torch
 
     from dstrain.config import load_config
+    from dstrain.errors import UserError
     from dstrain.launch.ops import build_ops, required_builders
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    build_ops(dict.fromkeys(name for path in configs for name in required_builders(load_config(path), device)))
+    for path in configs:
+        try:
+            build_ops(required_builders(load_config(path), device))
+        except UserError as error:
+            print(*error.problems, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

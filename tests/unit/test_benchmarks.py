@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.analysis import Spread, compare, goodput, goodput_of_run, knee, marginal_gains, pareto, ratio_in_turns
 from benchmarks.cases import Case, deepspeed_json, llama
+from benchmarks.machine import build_ops_for
 from benchmarks.results_file import Results, read_results, todo
 from benchmarks.runner import (
     FAILED,
@@ -346,3 +347,17 @@ def test_the_split_of_a_step():
 def test_deepspeed_json_is_what_it_says():
     config = deepspeed_json(3, batch=8, micro=4, precision="fp32", zero={"overlap_comm": True})
     assert config["zero_optimization"] == {"stage": 3, "overlap_comm": True} and "bf16" not in config
+
+
+def test_an_op_that_cannot_be_built_does_not_stop_a_suite(monkeypatch, capsys):
+    """Its cases are refused by the run itself, which is their result."""
+    asked = []
+
+    def build_ops(builders):
+        asked.append(builders)
+        if "AsyncIOBuilder" in builders:
+            raise UserError("no libaio")
+
+    monkeypatch.setattr("dstrain.launch.ops.build_ops", build_ops)
+    build_ops_for([str(ROOT / "ds_configs" / name) for name in ("zero3_offload_nvme.json", "zero2.json")])
+    assert len(asked) == 2 and capsys.readouterr().err == "no libaio\n"
