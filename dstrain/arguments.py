@@ -81,7 +81,22 @@ class RunArguments:
     overwrite_output_dir: bool = flag("start anew in a folder that holds another run", False)
     logging_steps: int = flag("steps per line of metrics.jsonl", 1, minimum=1)
     eval_steps: int | None = flag("evaluate at multiples of this step (always once at the end)", minimum=1)
+    eval_strategy: str = flag(
+        "steps: evaluate as --eval_steps says; epoch: after each pass over the training data",
+        "steps",
+        choices=("steps", "epoch"),
+    )
     max_eval_batches: int | None = flag("global batches per evaluation", minimum=1)
+    early_stopping_patience: int | None = flag(
+        "finish after this many evaluations in a row without a lower loss of the held-out text", minimum=1
+    )
+    early_stopping_threshold: float = flag("lower by at most this much does not count as lower", 0.0, minimum=0.0)
+    load_best_model_at_end: bool = flag(
+        "save whenever the held-out loss is the lowest so far, and sample and export from that checkpoint", False
+    )
+    label_smoothing_factor: float = flag(
+        "part of each target that is spread over the vocabulary; held-out losses are without", 0.0, minimum=0.0
+    )
     save_steps: int = flag("save at multiples of this step (0: only at the end)", 500, minimum=0)
     save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
     ignore_full_disk: bool = flag("go on without a checkpoint that finds no room on the disk (not the last)", False)
@@ -357,6 +372,19 @@ def _contradictions(given: dict[str, Any]) -> list[str]:
         problems.append("--dataset_config_name needs --dataset_name")
     if given.get("max_steps", -1) > 0 and "num_train_epochs" in given:
         problems.append("--max_steps and --num_train_epochs are both given, and the first would win: keep one")
+    by_epoch, by_steps = given.get("eval_strategy") == "epoch", given.get("eval_steps") is not None
+    if by_epoch and by_steps:
+        problems.append("--eval_strategy epoch and --eval_steps are both given: keep one")
+    if not by_epoch and not by_steps:
+        problems += [
+            f"--{name} needs evaluations on the way: add --eval_steps N or --eval_strategy epoch"
+            for name in ("early_stopping_patience", "load_best_model_at_end")
+            if given.get(name)
+        ]
+    if given.get("early_stopping_threshold") and not given.get("early_stopping_patience"):
+        problems.append("--early_stopping_threshold needs --early_stopping_patience")
+    if given.get("label_smoothing_factor", 0.0) >= 1.0:
+        problems.append("--label_smoothing_factor must be below 1: 0.1 is usual")
     if "none" in given.get("report_to", []) and len(set(given["report_to"])) > 1:
         problems.append("--report_to none and another --report_to are both given: keep one")
     if given.get("max_time") == 0:

@@ -184,7 +184,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | None = None) -> Engine:
+def build_engine(
+    model: nn.Module, resolved: ResolvedConfig, *, compile: str | None = None, label_smoothing: float = 0.0
+) -> Engine:
     """Put `model` (`PipeStages` under a pipeline) under DeepSpeed as `resolved` asks, and compare what DeepSpeed made
     of it with what was asked.
 
@@ -213,12 +215,15 @@ def build_engine(model: nn.Module, resolved: ResolvedConfig, *, compile: str | N
         from dstrain.pipe_engine import PipeEngine
 
         result: Engine = PipeEngine(engine, stages, resolved)
+        head = stages.head
     else:
         head = install_fused_loss(model)
         check_loss_head(engine, head, model.config.get_text_config().vocab_size)
         sequence.repair(engine)
         sequence.check(engine, head)
         result = ZeroEngine(engine, head, resolved, sequence)
+    if head is not None:
+        head.label_smoothing = label_smoothing
     if compile == "layer":
         for part in stages if resolved.parallel.pp_size > 1 else [model]:
             for layer in decoder_layers(part):

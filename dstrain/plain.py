@@ -26,8 +26,8 @@ from dstrain.models.config import load_model_config, max_positions
 class PlainEngine:
     """Trains `model` (fp32 or bf16 parameters with fp32 masters) over the whole global batch in this process."""
 
-    def __init__(self, model: nn.Module, resolved: ResolvedConfig):
-        self.model, self.resolved = model, resolved
+    def __init__(self, model: nn.Module, resolved: ResolvedConfig, label_smoothing: float = 0.0):
+        self.model, self.resolved, self.label_smoothing = model, resolved, label_smoothing
         self.masters = [p.detach().float().clone() for p in model.parameters()]
         self.optimizer = _build_optimizer(model, self.masters, resolved)
         self.scheduler = _build_scheduler(self.optimizer, resolved)
@@ -72,7 +72,12 @@ class PlainEngine:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         output = self.model(**inputs, use_cache=False)
         logits = output.logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1),
+            batch["labels"][:, 1:].flatten(),
+            reduction="sum",
+            label_smoothing=self.label_smoothing if self.model.training else 0.0,
+        )
         if getattr(output, "aux_loss", None) is not None and getattr(self.model.config, "output_router_logits", False):
             loss = loss + self.model.router_aux_loss_coef * output.aux_loss * count_tokens(batch)[0]
         return loss
@@ -139,7 +144,7 @@ def run_plain(args: Arguments, resolved: ResolvedConfig, steps: int) -> PlainRun
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}[resolved.precision]
     plain_model = dataclasses.replace(args.model, gradient_checkpointing=False)
     model = build_model(plain_model, config, seed=args.run.seed, dtype=dtype)
-    engine = PlainEngine(model, resolved)
+    engine = PlainEngine(model, resolved, args.run.label_smoothing_factor)
     before, lines = _named(model, engine.masters), []
     with build_loader(
         data.train,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import Arguments, is_taken
+from dstrain.best import Best
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch.swap import SwapFolders
@@ -153,7 +154,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     distributed.seed_everything(run.seed + resolved.parallel.dp_rank(launch.rank))
     # What is imported by now stays: DeepSpeed collects garbage up to six times while it starts, 0.4 s each otherwise.
     gc.freeze()
-    engine = build_engine(model, resolved, compile=args.model.compile)
+    engine = build_engine(model, resolved, compile=args.model.compile, label_smoothing=args.run.label_smoothing_factor)
     startup.done("engine")
     return Run(
         args=args,
@@ -171,6 +172,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         safety=safety,
         profiler=build_profiler(folder.path, resolved.deepspeed, trace=run.profile, is_main=launch.is_main),
         foresight=foresight,
+        best=Best(run.early_stopping_patience, run.early_stopping_threshold),
     )
 
 
@@ -276,8 +278,9 @@ def _begin(run: Run, quiet: Any) -> None:
         run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {reason}")
     run.loader = _build_loader(run)
     run.begin_safety()
-    run.evaluated_step = restored.extra["evaluated_step"] if restored else None
-    if run.state.step and run.eval_is_due(run.state.step):
+    if restored:
+        run.restore_evaluations(restored.extra)
+    if run.state.step and run.eval_is_due(run.state):
         run.evaluate(run.state.step)  # what a stop cut short
 
 

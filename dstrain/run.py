@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import Arguments
+from dstrain.best import Best
 from dstrain.config import ResolvedConfig
 from dstrain.errors import DiskFullError, ExitCode
 from dstrain.parallel import Launch
@@ -62,6 +63,7 @@ class Run:
     safety: Any  # Safety
     profiler: Any
     foresight: Any  # Foresight
+    best: Best
     monitor: Any = None
     state: Any = None  # TrainState
     loader: Any = None  # iterator over the micro-batches of one step
@@ -94,8 +96,15 @@ class Run:
             output_dir=str(self.folder.path.resolve()),
         )
 
-    def eval_is_due(self, step: int) -> bool:
-        return self.args.run.eval_steps is not None and step % self.args.run.eval_steps == 0
+    def eval_is_due(self, state: Any) -> bool:
+        if self.args.run.eval_strategy == "epoch":
+            before = state.samples_consumed - self.resolved.global_batch
+            return state.samples_consumed // len(self.data.train) > before // len(self.data.train)
+        return self.args.run.eval_steps is not None and state.step % self.args.run.eval_steps == 0
+
+    def save_is_due(self, step: int) -> bool:
+        is_best = self.args.run.load_best_model_at_end and step == self.best.step
+        return is_best or self.checkpoints.is_due(step)
 
     def evaluate(self, step: int) -> None:
         """Loss of the held-out text, where there is any; once a step. A collective."""
@@ -118,11 +127,17 @@ class Run:
             return
         self.monitor.on_eval(step, *found)
         self.evaluated_step = step
+        self.best.note(step, found[0])
+        if self.best.is_enough:
+            text = f"no lower held-out loss in {self.best.num_worse} evaluations than {self.best.loss:.6g} at step"
+            self.monitor.event(step, "early_stop", f"{text} {self.best.step}")
 
     def save(self, state: Any) -> None:
         """Begin to save, unless this step is saved already; the background writes. A collective."""
         self.safety.before_save(state.step)
-        self.checkpoints.save(state, {**self.monitor.state_dict(), "evaluated_step": self.evaluated_step})
+        own = {"evaluated_step": self.evaluated_step, "best": self.best.state_dict()}
+        kept_step = self.best.step if self.args.run.load_best_model_at_end else None
+        self.checkpoints.save(state, {**self.monitor.state_dict(), **own}, kept_step)
         self.safety.beat("step", state.step)
 
     def save_on_the_way(self, state: Any) -> None:
@@ -149,7 +164,26 @@ class Run:
         self.note_saves()
         self.safety.beat("end", self.total_steps)
 
-    def export(self, step: int) -> None:
+    def restore_evaluations(self, extra: dict[str, Any]) -> None:
+        """What a checkpoint knows of them. A best one whose checkpoint is not there cannot be taken at the end."""
+        self.evaluated_step = extra["evaluated_step"]
+        found = extra.get("best")
+        if found and (not self.args.run.load_best_model_at_end or self.checkpoints.has(found["step"])):
+            self.best.load_state_dict(found)
+
+    def take_best(self, step: int) -> None:
+        """The model of the best evaluation, where the flags ask for it, else of `step`: shown and exported.
+
+        A collective.
+        """
+        best = self.best
+        if self.args.run.load_best_model_at_end and best.step not in (None, step):
+            self.checkpoints.load(self.checkpoints.path_of(best.step))
+            self.monitor.event(step, "best", f"step {best.step} has the lowest held-out loss: {best.loss:.6g}")
+            step = best.step
+        self._export(step)
+
+    def _export(self, step: int) -> None:
         """Write the model saved at `step` as a Hugging Face folder, where `--export` asks for it. A collective."""
         from dstrain import distributed
         from dstrain.checkpoint.export import export

@@ -30,7 +30,7 @@ from dstrain.run import Run, Startup
 def train(run: Run) -> ExitCode:
     """One global batch, one optimizer step and one line of metrics at a time, from `run.state` to the last step."""
     state = run.state
-    while state.step < run.total_steps:
+    while state.step < run.total_steps and not run.best.is_enough:
         start = time.perf_counter()
         batches = next(run.loader)
         data_time_s = time.perf_counter() - start
@@ -43,9 +43,9 @@ def train(run: Run) -> ExitCode:
         if result.skipped:
             continue
         run.startup.first_step_done(run.folder)
-        if run.eval_is_due(state.step):
+        if run.eval_is_due(state):
             run.evaluate(state.step)
-        if run.checkpoints.is_due(state.step):
+        if run.save_is_due(state.step):
             run.save_on_the_way(state)
         run.note_saves()
         if run.safety.stop.agreed():
@@ -56,7 +56,7 @@ def train(run: Run) -> ExitCode:
     if reason := run.safety.stop.reason:
         run.monitor.event(state.step, "stop", reason)
         return ExitCode.STOPPED
-    run.export(state.step)
+    run.take_best(state.step)
     run.show_results()
     return ExitCode.FINISHED
 

@@ -117,6 +117,7 @@ class CheckpointManager:
         self.description = description or {}
         self.total_steps = total_steps
         self.saved_step: int | None = None
+        self.kept_step: int | None = None
         self.launch = Launch.from_environment()
         self.memory = HostMemory(lazily=background and changes_in_step_only(engine))
         if self.memory.lazily:
@@ -128,19 +129,24 @@ class CheckpointManager:
     def path_of(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
+    def has(self, step: int | None) -> bool:
+        return step is not None and self.path_of(step).is_dir()
+
     def is_due(self, step: int) -> bool:
         return self.save_steps > 0 and step % self.save_steps == 0
 
-    def save(self, state: TrainState, extra: dict[str, Any]) -> SaveStats | None:
+    def save(self, state: TrainState, extra: dict[str, Any], kept_step: int | None = None) -> SaveStats | None:
         """Write a checkpoint after `state.step` steps; None when that step is already saved. A collective.
 
-        extra: plain JSON that `load` gives back. In the background it returns None, and `finished` tells of the commit.
+        extra: plain JSON that `load` gives back. kept_step: one that `save_total_limit` leaves alone from now on.
+        In the background it returns None, and `finished` tells of the commit.
         Raises DiskError when the disk is full, also when that happened to the save before this one.
         """
         if self.saved_step == state.step:
             return None
         started = time.perf_counter()
         self.wait()
+        self.kept_step = kept_step
         target = self.path_of(state.step)
         temporary = self.folder / f".{target.name}.tmp"
         is_last = state.step == self.total_steps and not is_swapped(self.engine)
@@ -336,10 +342,12 @@ class CheckpointManager:
         return state, contents["extra"], notes
 
     def _retain(self, newest: Path) -> None:
-        """Keep the newest `save_total_limit` whole checkpoints, the one just committed among them."""
+        """Keep the newest `save_total_limit` whole checkpoints, the one just committed and `kept_step` among them."""
         if self.save_total_limit:
-            kept = [p for p in list_checkpoints(self.folder) if p != newest] + [newest]
-            for old in kept[: -self.save_total_limit]:
+            spared = [newest] if self.kept_step is None else [self.path_of(self.kept_step), newest]
+            kept = [p for p in list_checkpoints(self.folder) if p not in spared]
+            room = max(0, self.save_total_limit - len(set(spared)))
+            for old in kept[: len(kept) - room]:
                 shutil.rmtree(old)
 
 

@@ -52,12 +52,13 @@ class LogitTransform:
 class VocabularyShard:
     """The rows of the head's weight that this tensor-parallel rank holds, from `start` on.
 
-    group: its peers. largest: rows of the largest shard, by which all of them cut chunks alike.
+    group: its peers. largest: rows of the largest shard, by which all of them cut chunks alike. whole: of all shards.
     """
 
     group: Any
     start: int
     largest: int
+    whole: int
 
     def sum_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self.group)
@@ -76,14 +77,20 @@ def _block_rows(device: torch.device, columns: int) -> int:
 
 
 def _replace_by_grad_(
-    raw: Tensor, target: Tensor, transform: LogitTransform, need_grad: bool, shard: VocabularyShard | None = None
+    raw: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    need_grad: bool,
+    label_smoothing: float,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Sum of the token losses, fp32; raw [n, vocabulary] of any float type becomes d sum / d raw if need_grad.
 
-    With a shard, raw has its columns only, and the sum is over the tokens whose target lies in it.
+    With a shard, raw has its columns only, and the sum is this shard's part of the whole.
     """
     total = torch.zeros((), dtype=torch.float32, device=raw.device)
     rows = _block_rows(raw.device, raw.shape[1] if shard is None else shard.largest)
+    of_target, of_every = 1.0 - label_smoothing, label_smoothing / (raw.shape[1] if shard is None else shard.whole)
     for part, wanted in zip(raw.split(rows), target.split(rows), strict=True):
         if transform.is_identity:
             slope, logits = None, part
@@ -98,17 +105,21 @@ def _replace_by_grad_(
             column = wanted - shard.start
             row = ((column >= 0) & (column < part.shape[1])).nonzero().squeeze(1)
             column = column[row]
-        total -= log_p[row, column].sum()
+        total -= of_target * log_p[row, column].sum()
+        if label_smoothing:
+            total -= of_every * log_p.sum()
         if need_grad:
             grad = log_p.exp_()
-            grad[row, column] -= 1.0
+            grad[row, column] -= of_target
+            if label_smoothing:
+                grad -= of_every
             part.copy_(grad if slope is None else grad.mul_(slope))
     return total
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, compute_dtype, need_grad, shard):
+    def forward(ctx, hidden, weight, bias, target, transform, compute_dtype, need_grad, label_smoothing, shard):
         needs_hidden, needs_weight, needs_bias = (need_grad and needs for needs in ctx.needs_input_grad[:3])
         matrix = weight.to(compute_dtype)
         offset = None if bias is None else bias.to(compute_dtype)
@@ -123,7 +134,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         for rows in kept.split(max(CHUNK_TOKENS, CHUNK_ELEMENTS // columns)):
             chunk = hidden[rows].to(compute_dtype)
             raw = torch.nn.functional.linear(chunk, matrix, offset)
-            total += _replace_by_grad_(raw, target[rows], transform, need_grad, shard)
+            total += _replace_by_grad_(raw, target[rows], transform, need_grad, label_smoothing, shard)
             if grad_hidden is not None:
                 part = raw @ matrix
                 grad_hidden[rows] = (part if shard is None else shard.sum_(part)).to(grad_hidden.dtype)
@@ -145,19 +156,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         scaled = (None if grad is None else grad.mul_(grad_output) for grad in grads)
         return (
             *(None if grad is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, need_grad):
+    def forward(ctx, logits, target, need_grad, label_smoothing):
         kept = (target != IGNORE_INDEX).nonzero().squeeze(1)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         ctx.grad = torch.zeros_like(logits) if need_grad else None
         for rows in kept.split(max(CHUNK_TOKENS, CHUNK_ELEMENTS // logits.shape[1])):
             raw = logits[rows]
-            total += _replace_by_grad_(raw, target[rows], LogitTransform(), need_grad)
+            total += _replace_by_grad_(raw, target[rows], LogitTransform(), need_grad, label_smoothing)
             if need_grad:
                 ctx.grad[rows] = raw
         return total
@@ -166,18 +177,18 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         assert ctx.grad is not None, "the chunked loss can be differentiated once"
         grad, ctx.grad = ctx.grad, None
-        return grad.mul_(grad_output), None, None
+        return grad.mul_(grad_output), None, None, None
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Sum over tokens of the cross entropy of softmax(logits); fp32 exists for a chunk of tokens only.
 
     logits [..., vocabulary] of any float type, target int64 [...] already shifted, -100 where no loss is taken.
-    Returns a fp32 scalar.
+    label_smoothing: as of torch's cross_entropy, the part of the target spread evenly over the vocabulary. Returns a
+    fp32 scalar.
     """
-    return _CrossEntropy.apply(
-        logits.flatten(0, -2), target.flatten(), torch.is_grad_enabled() and logits.requires_grad
-    )
+    need_grad = torch.is_grad_enabled() and logits.requires_grad
+    return _CrossEntropy.apply(logits.flatten(0, -2), target.flatten(), need_grad, label_smoothing)
 
 
 @cache
@@ -190,9 +201,22 @@ def _liger() -> Any:
     return LigerFusedLinearCrossEntropyLoss
 
 
-def _by_liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, transform: LogitTransform) -> Tensor:
+def _by_liger(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    transform: LogitTransform,
+    label_smoothing: float,
+) -> Tensor:
     """The same by Liger-Kernel's Triton kernels; hidden [n, width] and weight in one dtype."""
-    loss = _liger()(ignore_index=IGNORE_INDEX, reduction="sum", softcap=transform.cap, accum_dtype=torch.float32)
+    loss = _liger()(
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+        softcap=transform.cap,
+        label_smoothing=label_smoothing,
+        accum_dtype=torch.float32,
+    )
     if transform.scale != 1.0:  # scale (h W + b) = (scale h) W + scale b
         hidden, bias = hidden * transform.scale, None if bias is None else bias * transform.scale
     return loss(weight, hidden, target, bias).float()
@@ -207,13 +231,14 @@ def linear_cross_entropy(
     target: Tensor,
     transform: LogitTransform = LogitTransform(),
     shard: VocabularyShard | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of the cross entropy of softmax(transform(hidden @ weight.T + bias)).
 
     hidden [..., width], weight [vocabulary, width], bias [vocabulary] or None, target int64 [...] already shifted,
     -100 where no loss is taken (such tokens cost nothing). Returns a fp32 scalar; all masked gives 0. Under autocast
     the products are in its dtype. With a shard, weight and bias are this rank's rows; loss and gradient of hidden
-    are whole on every rank of the group. Double backward is not supported.
+    are whole on every rank of the group. label_smoothing: as of torch's cross_entropy. No double backward.
     """
     device = hidden.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -221,7 +246,8 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         if device == "cuda" and shard is None and _liger() is not None:
             bias = None if bias is None else bias.to(compute_dtype)
-            return _by_liger(hidden.to(compute_dtype), weight.to(compute_dtype), bias, target, transform)
+            weight = weight.to(compute_dtype)
+            return _by_liger(hidden.to(compute_dtype), weight, bias, target, transform, label_smoothing)
         return _FusedLinearCrossEntropy.apply(
-            hidden, weight, bias, target, transform, compute_dtype, torch.is_grad_enabled(), shard
+            hidden, weight, bias, target, transform, compute_dtype, torch.is_grad_enabled(), label_smoothing, shard
         )

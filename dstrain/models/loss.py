@@ -52,6 +52,7 @@ class LossHead:
 
     model: the bare Hugging Face model. reason: None, or why the model's own logits are used (`check_loss_head`).
     shard: the part of the vocabulary in the module's weight, where tensor parallelism divides it.
+    label_smoothing: of training; a held-out loss is always the plain one.
     """
 
     model: nn.Module
@@ -59,10 +60,15 @@ class LossHead:
     transform: LogitTransform
     reason: str | None = None
     shard: VocabularyShard | None = None
+    label_smoothing: float = 0.0
     _target: Tensor | None = None
     _losses: list[Tensor] = field(default_factory=list)
     _probe: "_Probe | None" = None
     _hooked: bool = False
+
+    @property
+    def smoothing_now(self) -> float:
+        return self.label_smoothing if self.model.training else 0.0
 
     def fused(self, call: Any, target: Tensor) -> tuple[Tensor, Any]:
         """Run `call()`, the model's forward, with the head armed. Returns (sum of token losses, the model's output).
@@ -91,7 +97,7 @@ class LossHead:
         expected, got = tuple(self._target.shape), tuple(hidden.shape[:-1])
         assert got == expected, f"the head got hidden states of {got} for targets of {expected}"
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        loss = linear_cross_entropy(hidden, weight, bias, self._target, self.transform, self.shard)
+        loss = linear_cross_entropy(hidden, weight, bias, self._target, self.transform, self.shard, self.smoothing_now)
         return loss.reshape(1, 1, 1)  # three dimensions, as logits have, for what the model's forward does next
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -221,7 +227,7 @@ def token_loss(model_or_engine: Any, head: LossHead, batch: dict[str, Tensor]) -
         loss, output = head.fused(lambda: _call(model_or_engine, head, batch), target)
     else:
         output = _call(model_or_engine, head, batch)
-        loss = cross_entropy(output.logits, target)
+        loss = cross_entropy(output.logits, target, head.smoothing_now)
     num_label_tokens = (target != IGNORE_INDEX).sum()
     router_loss = _router_loss(head, output)
     if router_loss is not None:

@@ -164,6 +164,11 @@ class PipeStages(nn.ModuleList):
         return self.own[0].whole
 
     @property
+    def head(self) -> LossHead | None:
+        """Of the last stage; None where another rank has it."""
+        return self.own[-1].head
+
+    @property
     def loss_sum(self) -> Tensor:
         """Sum of the token losses since `begin`, float64 0-d; 0 where there is no last stage."""
         return self.own[-1].loss_sum

@@ -19,7 +19,7 @@ def vocabulary_shard(module: Any) -> VocabularyShard | None:
     if not isinstance(module, LinearLayer) or module.mp_group is None:
         return None
     sizes, index = module._partition_sizes, module.tp_index
-    return VocabularyShard(module.mp_group, sum(sizes[:index]), max(sizes))
+    return VocabularyShard(module.mp_group, sum(sizes[:index]), max(sizes), sum(sizes))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], group: Any) -> Tensor:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.distributed.parity import LLAMA, SGD, Baselines, run, zero
+from tests.distributed.parity import LLAMA, SGD, Baselines, run, thinned, zero
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,19 @@ def test_tiled_mlp(one_rank, tmp_path, config):
     """Blocks of 256 tokens in tiles of 64."""
     long = ("--block_size", "256")
     run(tmp_path, LLAMA, SGD | config, "--tiled_mlp", *long, ranks=2).assert_equals(one_rank(LLAMA, SGD, *long))
+
+
+@pytest.mark.parametrize(
+    "config",
+    thinned(
+        [zero(3), zero(1) | {"tensor_parallel": {"autotp_size": 2}}, zero(1) | {"pipeline": {"stages": 2}}],
+        zero(3),
+    ),
+)
+def test_smoothed_labels(one_rank, tmp_path, config):
+    smoothed = ("--label_smoothing_factor", "0.2")
+    parallel = run(tmp_path, LLAMA, SGD | config, *smoothed, ranks=2)
+    parallel.assert_equals(one_rank(LLAMA, SGD, *smoothed))
+    plain = one_rank(LLAMA, SGD)
+    assert parallel.losses[-1] > plain.losses[-1] + 0.1  # smoothing costs in training, and is not in the held-out loss
+    assert parallel.eval[-1]["loss"] < parallel.losses[-1]

@@ -23,7 +23,7 @@ LEVELS = {
     "monitor": 5.5,  # what the others of this floor write and read
     **dict.fromkeys(["checkpoint", "resilience", "planner", "evaluate", "generate"], 6),
     "launch": 6.5,  # reads what a run left behind
-    **dict.fromkeys(["run_folder", "plain"], 6),
+    **dict.fromkeys(["run_folder", "plain", "best"], 6),
     **dict.fromkeys(["run", "verify"], 7),
     "prepare": 8,
     **dict.fromkeys(["train", "cli"], 9),

@@ -102,7 +102,8 @@ def test_equals_the_models_own_loss(name, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 511, 512, 1500])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.3, None), LogitTransform(2.0, 4.0)])
-def test_chunks_with_bias(tokens, transform, monkeypatch):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_chunks_with_bias(tokens, transform, smoothing, monkeypatch):
     monkeypatch.setattr("dstrain.models.cross_entropy.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr("dstrain.models.cross_entropy.BLOCK_ELEMENTS", {"cpu": 100})
     generator = torch.Generator().manual_seed(2)
@@ -115,10 +116,10 @@ def test_chunks_with_bias(tokens, transform, monkeypatch):
     def plain(h, w, b):
         raw = functional.linear(h, w, b) * transform.scale
         logits = raw if transform.cap is None else transform.cap * torch.tanh(raw / transform.cap)
-        return functional.cross_entropy(logits, target, reduction="sum")
+        return functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
 
     def fused(h, w, b):
-        return linear_cross_entropy(h, w, b, target, transform)
+        return linear_cross_entropy(h, w, b, target, transform, label_smoothing=smoothing)
 
     values, grads = [], []
     for function in (plain, fused):
@@ -131,25 +132,41 @@ def test_chunks_with_bias(tokens, transform, monkeypatch):
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.3, None), LogitTransform(2.0, 4.0)])
-def test_liger_gets_what_it_needs(transform, monkeypatch):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_liger_gets_what_it_needs(transform, smoothing, monkeypatch):
     """What we hand to Liger-Kernel; its own kernels need a GPU (tests/gpu)."""
 
     class Stub:
-        def __init__(self, ignore_index, reduction, softcap, accum_dtype):
+        def __init__(self, ignore_index, reduction, softcap, label_smoothing, accum_dtype):
             assert (ignore_index, reduction, accum_dtype) == (-100, "sum", torch.float32)
-            self.softcap = softcap
+            self.softcap, self.label_smoothing = softcap, label_smoothing
 
         def __call__(self, weight, hidden, target, bias):
             logits = functional.linear(hidden, weight, bias)
             logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-            return functional.cross_entropy(logits, target, reduction="sum")
+            return functional.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
 
     monkeypatch.setattr(module, "_liger", lambda: Stub)
     hidden, weight, bias = torch.randn(7, 8), torch.randn(11, 8), torch.randn(11)
     target = torch.tensor([1, 2, -100, 3, 4, 5, 10])
     for b in (None, bias):
-        ours = linear_cross_entropy(hidden, weight, b, target, transform)
-        assert relative(module._by_liger(hidden, weight, b, target, transform), ours) < 1e-6
+        ours = linear_cross_entropy(hidden, weight, b, target, transform, label_smoothing=smoothing)
+        assert relative(module._by_liger(hidden, weight, b, target, transform, smoothing), ours) < 1e-6
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_labels_are_smoothed_in_training_only(fuses):
+    model, batch = build("llama"), make_batch()
+    head = install_fused_loss(model)
+    check_loss_head(model, head, 97)
+    head.reason = head.reason if fuses else "asked for by the test"
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+    target, head.label_smoothing = shift_labels(batch["labels"]).flatten(), 0.3
+    for training, smoothing in ((True, 0.3), (False, 0.0)):
+        model.train(training)
+        loss, _ = token_loss(model, head, batch)
+        expected = functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
+        assert relative(loss.detach(), expected.detach()) < 1e-6
 
 
 def test_all_labels_masked():
