@@ -308,6 +308,7 @@ def _run_json(run: Run, peak: Any) -> dict[str, Any]:
 def _build_monitor(run: Run, peak: Any) -> Any:
     from dstrain import distributed
     from dstrain.models.flops import flops_per_token
+    from dstrain.monitor.energy import build_energy_meter
     from dstrain.monitor.monitor import Monitor, RunScale
     from dstrain.monitor.progress import build_progress
     from dstrain.monitor.trackers import build_trackers
@@ -323,6 +324,7 @@ def _build_monitor(run: Run, peak: Any) -> Any:
         max_over_ranks=distributed.max_over_ranks,
         progress=build_progress(run.total_steps, is_main=is_main),
         trackers=build_trackers(run.engine.deepspeed.monitor) if is_main else None,
+        energy=build_energy_meter(distributed.device(), is_main_on_host=run.launch.is_main_on_host),
     )
 
 

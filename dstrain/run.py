@@ -220,6 +220,16 @@ class Run:
                 shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
                 print(f"A sample, continuing {prompt!r}:\n{shown}", file=screen())
 
+    def _energy_kwh(self) -> float | None:
+        """Of all meters of all hosts, since this start; None without a meter. A collective."""
+        from dstrain import distributed
+        from dstrain.monitor.energy import JOULES_PER_KWH
+
+        meter = self.monitor.energy
+        meter.sample()
+        joules, meters = distributed.sum_over_ranks([meter.joules, float(meter.has_reading)])
+        return joules / JOULES_PER_KWH if meters else None
+
     def _compare_with_prediction(self) -> None:
         """A collective."""
         from dstrain import distributed
@@ -230,6 +240,7 @@ class Run:
         measured = self.foresight.compare(
             device, self.monitor.train_lines, self.checkpoint_bytes, swapped_bytes(self.resolved)
         )
+        measured["energy_kwh"] = self._energy_kwh()
         if self.launch.is_main:
             self.folder.update(measured=measured)
             if text := self.foresight.describe_comparison(measured, on_cpu=device.type == "cpu"):

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from dstrain.arguments import is_taken
+from dstrain.checkpoint.card import build_card
 from dstrain.checkpoint.commit import MODEL_FILES
 from dstrain.checkpoint.files import Entry, write_bytes, write_safetensors
 from dstrain.checkpoint.manager import choose_checkpoint
-from dstrain.checkpoint.manifest import Manifest, find_problems, read_manifest
+from dstrain.checkpoint.manifest import find_problems, read_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
 
@@ -66,7 +67,7 @@ def export(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_b
         shutil.copytree(checkpoint / MODEL_FILES, temporary)
         _set_dtype(temporary / "config.json", target)
         _write_weights(CheckpointReader(checkpoint), temporary, target, max_shard_bytes)
-        write_bytes(temporary / "README.md", _card(checkpoint, manifest, target).encode())
+        write_bytes(temporary / "README.md", build_card(checkpoint, manifest, target).encode())
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
@@ -116,37 +117,6 @@ def _write_weights(reader: CheckpointReader, folder: Path, dtype: torch.dtype, m
     total = sum(entry.nbytes for shard in shards for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_bytes(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _card(checkpoint: Path, manifest: Manifest, dtype: torch.dtype) -> str:
-    """A model card with the numbers of the run, as far as they stand beside the checkpoint."""
-    contents = manifest.contents
-    rows = {
-        "step": contents["step"],
-        "samples": contents["samples_consumed"],
-        "weights": str(dtype).removeprefix("torch."),
-        "trained as": ", ".join(f"{key} {value}" for key, value in sorted(contents["layout"].items())),
-        "optimizer": contents["engine"]["optimizer"],
-        "checkpoint": f"{checkpoint.name} (manifest {manifest.digest[:16]})",
-        **_last_metrics(checkpoint, contents["step"]),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\nTrained with dstrain.\n"
-    return f"{head}\n| | |\n|---|---|\n{table}\n"
-
-
-def _last_metrics(checkpoint: Path, step: int) -> dict[str, Any]:
-    """The last losses up to `step` from the run's metrics.jsonl, where the checkpoint still lies in its run folder."""
-    path = checkpoint.parent.parent / "metrics.jsonl"
-    found: dict[str, Any] = {}
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
-            if line["kind"] in ("train", "eval") and line["step"] <= step:
-                found["training loss" if line["kind"] == "train" else "held-out loss"] = line["loss"]
-                if line["kind"] == "train":
-                    found["tokens"] = line["tokens_total"]
-    return found
 
 
 def parse_size(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dstrain.errors import ExitCode
 from dstrain.monitor.devices import peak_memory_gib
+from dstrain.monitor.energy import EnergyMeter
 from dstrain.monitor.metrics import MetricsWriter, median_fields
 from dstrain.monitor.progress import NullProgress
 from dstrain.monitor.trackers import EVAL_NAMES, TRAIN_NAMES, NullTrackers
@@ -94,6 +95,7 @@ class Monitor:
         max_over_ranks: Callable[[list[float]], list[float]] = list,
         progress: NullProgress | None = None,
         trackers: NullTrackers | None = None,
+        energy: EnergyMeter | None = None,
     ):
         self._writer = MetricsWriter(run_dir, enabled=is_main)
         self._device = device
@@ -103,6 +105,7 @@ class Monitor:
         self._max_over_ranks = max_over_ranks
         self._progress = progress or NullProgress()
         self._trackers = trackers or NullTrackers()
+        self.energy = energy or EnergyMeter([])
         self._window = _Window()
         self._tokens_total = 0
         self._step = 0
@@ -140,6 +143,7 @@ class Monitor:
     def _write_window(self, collective: bool) -> None:
         window = self._window
         window.settle()
+        self.energy.sample()
         memory = list(peak_memory_gib(self._device))
         device_gib, host_gib = self._max_over_ranks(memory) if collective else memory
         seconds = window.sums["step_time_s"]

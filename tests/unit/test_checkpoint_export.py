@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dstrain.checkpoint import manifest as mf
@@ -87,12 +88,33 @@ def test_the_card_has_the_numbers_of_the_run(tmp_path):
     path = _checkpoint(tmp_path, _model("llama"))
     lines = [
         {"kind": "train", "step": 3, "loss": 1.5, "tokens_total": 99},
-        {"kind": "eval", "step": 3, "loss": 1.25},
+        {"kind": "train", "step": 2, "loss": 2.5, "tokens_total": 66},
+        {"kind": "eval", "step": 3, "loss": 1.25, "perplexity": 3.49},
         {"kind": "train", "step": 4, "loss": 9.5, "tokens_total": 132},
     ]
+    lines.sort(key=lambda line: line["step"])
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    card = (export(path, tmp_path / "out") / "README.md").read_text()
-    for row in ("| step | 3 |", "| training loss | 1.5 |", "| held-out loss | 1.25 |", "| tokens | 99 |"):
+    alone = (export(path, tmp_path / "alone") / "README.md").read_text()
+    for row in ("| step | 3 |", "| training loss | 1.5 |", "| held-out loss | 1.25 |", "| perplexity | 3.49 |"):
+        assert row in alone
+    assert "| tokens read | 99 |" in alone and "DeepSpeed configuration" not in alone
+    run_json = {
+        "arguments": {"model_name_or_path": "org/base"},
+        "data": {"source": "a|b.txt", "num_tokens": 7},
+        "identity": {"seed": 42, "global_batch": 8},
+        "deepspeed_config": {"train_batch_size": 8},
+        "measured": {"energy_kwh": 0.25},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run_json))
+    card = (export(path, tmp_path / "whole") / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/base"
+    for row in (
+        "| source | a\\|b.txt |",
+        "| global batch | 8 |",
+        "last start) | 0.25 |",
+        '"train_batch_size": 8',
+        "```",
+    ):
         assert row in card
 
 

@@ -1,0 +1,81 @@
+"""The energy of a run, where the machine has a meter: NVML's of an NVIDIA GPU, RAPL's of the processor packages.
+
+Both are counters of the hardware; nothing is estimated from a data sheet. What others do on the same host is in them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+JOULES_PER_KWH = 3.6e6
+RAPL = Path("/sys/class/powercap")
+
+
+@dataclass
+class Counter:
+    """read(): joules since some moment, which starts again at 0 after `wraps_at` joules (None: never)."""
+
+    read: Callable[[], float]
+    wraps_at: float | None = None
+    last: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last = self.read()
+
+    def advance(self) -> float:
+        """Joules since the last call, which must not be more than one turn of the counter ago."""
+        before, self.last = self.last, self.read()
+        return self.last - before + (self.wraps_at or 0.0) * (self.last < before)
+
+
+class EnergyMeter:
+    """Joules since it was made. `sample` it more often than a counter turns (a RAPL one: tens of minutes)."""
+
+    def __init__(self, counters: list[Counter]):
+        self._counters = counters
+        self.joules = 0.0
+
+    @property
+    def has_reading(self) -> bool:
+        return bool(self._counters)
+
+    def sample(self) -> None:
+        self.joules += sum(counter.advance() for counter in self._counters)
+
+
+def build_energy_meter(device: Any, *, is_main_on_host: bool) -> EnergyMeter:
+    """Of this rank's GPU and, on the first rank of a host, of its processor packages; without counters it reads 0."""
+    counters = []
+    if device.type == "cuda" and (gpu := _gpu_counter(device)):
+        counters.append(gpu)
+    if is_main_on_host:
+        counters += package_counters(RAPL)
+    return EnergyMeter(counters)
+
+
+def package_counters(root: Path) -> list[Counter]:
+    """One per processor package (`intel-rapl:0`, also AMD's), as far as this user may read them."""
+    counters = []
+    for folder in sorted(root.glob("intel-rapl:?")):
+        try:
+            turn = int((folder / "max_energy_range_uj").read_text()) / 1e6
+            counters.append(Counter(lambda file=folder / "energy_uj": int(file.read_text()) / 1e6, turn))
+        except (OSError, ValueError):
+            continue
+    return counters
+
+
+def _gpu_counter(device: Any) -> Counter | None:
+    """None without nvidia-ml-py (the extra `gpu`), or where the GPU is too old to count (before Volta)."""
+    try:
+        import pynvml
+        import torch
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return Counter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+    except pynvml.NVMLError:
+        return None
