@@ -1,4 +1,4 @@
-"""Everything before the first step, cheapest first: what is wrong is refused before what is heavy is imported."""
+"""A run built, cheapest first: what is wrong is refused before what is heavy is imported, and nothing is written."""
 
 import gc
 import math
@@ -7,18 +7,19 @@ import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstrain.arguments import Arguments, is_taken
+from dstrain.arguments import Arguments, RunArguments, is_taken
+from dstrain.begin import begin
 from dstrain.best import Best
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch.swap import SwapFolders
 from dstrain.parallel import Launch
 from dstrain.run import Run, Startup
-from dstrain.run_folder import RunFolder, environment_facts
+from dstrain.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
         run = None
         try:
             run = _build(args, configuration, startup, safety, swap)
-            _begin(run, quiet)
+            begin(run, quiet)
             with run.profiler:
                 yield run
             safety.stop.signals.ignore()
@@ -136,8 +137,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
-    samples = run.num_train_epochs * len(data.train)
-    total_steps = run.max_steps if run.max_steps > 0 else math.ceil(samples / resolved.global_batch)
+    total_steps = _total_steps(run, len(data.train), resolved.global_batch)
     resolved = swap.localize(resolved.with_total_steps(total_steps))
     identity = _identity(config, data.samples_sha256, run.seed, block_size, resolved.global_batch)
     if not run.overwrite_output_dir:
@@ -174,6 +174,10 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
         foresight=foresight,
         best=Best(run.early_stopping_patience, run.early_stopping_threshold),
     )
+
+
+def _total_steps(run: RunArguments, num_samples: int, global_batch: int) -> int:
+    return run.max_steps if run.max_steps > 0 else math.ceil(run.num_train_epochs * num_samples / global_batch)
 
 
 def _build_checkpoints(
@@ -229,120 +233,15 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
 def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: int) -> Any:
     """The model, or this rank's stages of it."""
     from dstrain import distributed
-    from dstrain.models.build import build_model
+    from dstrain.models.build import build_model, parameter_dtype
     from dstrain.models.pipeline_build import build_stages
 
-    common = {"seed": args.run.seed, "dtype": _parameter_dtype(resolved), "device": distributed.device()}
+    common = {"seed": args.run.seed, "dtype": parameter_dtype(resolved), "device": distributed.device()}
     dims = resolved.parallel
     if dims.pp_size > 1:
         return build_stages(args.model, config, resolved.placement, dims.pp_rank(rank), **common)
     zero3_config = resolved.deepspeed if resolved.zero_stage == 3 else None
     return build_model(args.model, config, zero3_config=zero3_config, **common)
-
-
-def _begin(run: Run, quiet: Any) -> None:
-    """Restore what there is to restore, then write for the first time: from here on the folder is this run's."""
-    from dstrain import distributed
-    from dstrain.checkpoint.manager import TrainState
-    from dstrain.monitor.devices import find_peak
-    from dstrain.monitor.logs import screen
-    from dstrain.monitor.metrics import truncate_to_step
-
-    max_time = run.args.run.max_time
-    run.safety.listen(run.folder.path, None if max_time is None else run.startup.started + max_time)
-    flags = run.args.run
-    restored = None if flags.overwrite_output_dir else run.checkpoints.restore(flags.resume_from_checkpoint)
-    run.state = restored.state if restored else TrainState()
-    run.startup.done("checkpoint")
-    peak = find_peak(distributed.device(), _compute_dtype(run.resolved))
-    tokens = run.resolved.global_batch * run.block_size
-    run.foresight.expect(distributed.device(), peak.flops_per_second, tokens)
-    if run.launch.is_main:
-        if flags.overwrite_output_dir:
-            run.folder.clear()
-        run.folder.create()
-        run.folder.write(_run_json(run, peak))
-    distributed.barrier()
-    quiet.attach(run.folder.path)
-    run.monitor = _build_monitor(run, peak)
-    open_steps = run.monitor.load_state_dict(restored.extra) if restored else 0
-    if run.launch.is_main:
-        truncate_to_step(run.folder.path, run.state.step, open_steps)
-    notes = [*(restored.events if restored else []), *(("notice", notice) for notice in run.resolved.notices)]
-    notes += [("memory_limit", problem) for problem in run.foresight.problems]
-    if run.launch.is_main and (expected := run.foresight.describe()):
-        print(expected, file=screen())
-    for name, text in notes:
-        run.monitor.event(run.state.step, name, text)
-    if reason := run.engine.plain_loss_reason:
-        run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {reason}")
-    run.loader = _build_loader(run)
-    run.begin_safety()
-    if restored:
-        run.restore_evaluations(restored.extra)
-    if run.state.step and run.eval_is_due(run.state):
-        run.evaluate(run.state.step)  # what a stop cut short
-
-
-def _run_json(run: Run, peak: Any) -> dict[str, Any]:
-    from dstrain.models.flops import num_parameters
-
-    parallel = run.resolved.parallel
-    return {
-        "arguments": run.args.to_dict(),
-        "identity": run.identity,
-        "deepspeed_config": run.resolved.deepspeed,
-        "origins": run.resolved.origins,
-        "notices": run.resolved.notices,
-        "world": {**asdict(parallel), "dp_size": parallel.dp_size},
-        "total_steps": run.total_steps,
-        "num_parameters": num_parameters(run.engine.model),
-        "attn_implementation": run.engine.model.config._attn_implementation,
-        "prediction": run.foresight.prediction,
-        "data": {"source": run.data.source, "sha256": run.data.sha256, **run.data.facts},
-        **vars(peak),
-        **environment_facts(),
-    }
-
-
-def _build_monitor(run: Run, peak: Any) -> Any:
-    from dstrain import distributed
-    from dstrain.models.flops import flops_per_token
-    from dstrain.monitor.energy import build_energy_meter
-    from dstrain.monitor.monitor import Monitor, RunScale
-    from dstrain.monitor.progress import build_progress
-    from dstrain.monitor.trackers import build_trackers
-
-    is_main = run.launch.is_main
-    return Monitor(
-        run.folder.path,
-        device=distributed.device(),
-        is_main=is_main,
-        logging_steps=run.args.run.logging_steps,
-        total_steps=run.total_steps,
-        scale=RunScale(run.launch.world_size, flops_per_token(run.engine.model, run.block_size), peak.peak_tflops),
-        max_over_ranks=distributed.max_over_ranks,
-        progress=build_progress(run.total_steps, is_main=is_main),
-        trackers=build_trackers(run.engine.deepspeed.monitor) if is_main else None,
-        energy=build_energy_meter(distributed.device(), is_main_on_host=run.launch.is_main_on_host),
-    )
-
-
-def _build_loader(run: Run) -> Any:
-    from dstrain.data.loader import build_loader
-    from dstrain.data.tokenization import pad_token_id
-
-    parallel = run.resolved.parallel
-    return build_loader(
-        run.data.train,
-        seed=run.args.run.seed,
-        global_batch=run.resolved.global_batch,
-        micro_batch=run.resolved.micro_batch,
-        dp_rank=parallel.dp_rank(run.launch.rank),
-        dp_size=parallel.dp_size,
-        samples_consumed=run.state.samples_consumed,
-        pad_token_id=pad_token_id(run.tokenizer),
-    )
 
 
 def _identity(config: Any, data: str, seed: int, block_size: int, global_batch: int) -> dict[str, Any]:
@@ -351,20 +250,6 @@ def _identity(config: Any, data: str, seed: int, block_size: int, global_batch: 
 
     model = model_identity(config)
     return {"model": model, "data": data, "seed": seed, "block_size": block_size, "global_batch": global_batch}
-
-
-def _parameter_dtype(resolved: ResolvedConfig) -> Any:
-    """torch.dtype of the model's parameters."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[resolved.precision]
-
-
-def _compute_dtype(resolved: ResolvedConfig) -> Any:
-    """torch.dtype of the matmuls."""
-    import torch
-
-    return getattr(torch, resolved.autocast_dtype) if resolved.autocast_dtype else _parameter_dtype(resolved)
 
 
 def _with_facts(resolved: ResolvedConfig, config: Any) -> ResolvedConfig:

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from dstrain.arguments import ModelArguments
+from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
 from dstrain.models.config import CONFIG_ERRORS, check_block_size, check_vocabulary, load_model_config, one_line
 from dstrain.models.initial_weights import initialise
@@ -142,3 +143,12 @@ def _to_device(model: PreTrainedModel, device: torch.device, *, partitioned: boo
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return model
+
+
+def parameter_dtype(resolved: ResolvedConfig) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[resolved.precision]
+
+
+def compute_dtype(resolved: ResolvedConfig) -> torch.dtype:
+    """Of the matrix products."""
+    return getattr(torch, resolved.autocast_dtype) if resolved.autocast_dtype else parameter_dtype(resolved)

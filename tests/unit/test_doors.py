@@ -25,6 +25,7 @@ LEVELS = {
     "launch": 6.5,  # reads what a run left behind
     **dict.fromkeys(["run_folder", "plain", "best"], 6),
     **dict.fromkeys(["run", "verify"], 7),
+    "begin": 7.5,
     "prepare": 8,
     **dict.fromkeys(["train", "cli"], 9),
 }
