@@ -5,6 +5,7 @@ Both are counters of the hardware; nothing is estimated from a data sheet. What 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ def package_counters(root: Path) -> list[Counter]:
     counters = []
     for folder in sorted(root.glob("intel-rapl:?")):
         try:
-            turn = int((folder / "max_energy_range_uj").read_text()) / 1e6
-            counters.append(Counter(lambda file=folder / "energy_uj": int(file.read_text()) / 1e6, turn))
+            turn = _joules(folder / "max_energy_range_uj")
+            counters.append(Counter(partial(_joules, folder / "energy_uj"), turn))
         except (OSError, ValueError):
             continue
     return counters
+
+
+def _joules(file: Path) -> float:
+    return int(file.read_text()) / 1e6
 
 
 def _gpu_counter(device: Any) -> Counter | None:
