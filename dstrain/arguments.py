@@ -41,6 +41,7 @@ class ModelArguments:
     )
     config_overrides: str | None = flag("changes to the model's configuration: n_embd=10,n_layer=2")
     tokenizer_name: str | None = flag("hub name or folder of a tokenizer, or `bytes` (256 bytes and specials)")
+    chat_template: str | None = flag("Jinja file (or its text) that renders chats, in place of the tokenizer's own")
     attn_implementation: str | None = flag("attention kernel: eager, sdpa, flash_attention_2, ...")
     trust_remote_code: bool = flag("allow a hub repository to run its own Python code", False)
     gradient_checkpointing: bool = flag("recompute activations in the backward pass", False)
@@ -61,6 +62,14 @@ class DataArguments:
     )
     validation_file: list[str] = flag("held-out text, as --train_file; repeatable", [])
     text_column: str | None = flag("column that holds the text (default: `text`, or the only column of text)")
+    prompt_column: str | None = flag("column of prompts, which carry no loss (default: `prompt`)")
+    completion_column: str | None = flag("column of completions, which do (default: `completion`)")
+    prompt_template: str | None = flag("prompt made of columns, such as '{text}\\n\\nSentiment:'")
+    completion_template: str | None = flag("completion made of columns, such as ' {label:negative|positive}'")
+    messages_column: str | None = flag("column of chats (default: `messages` or `conversations`)")
+    train_on_prompts: bool = flag("let prompts and all turns of a chat carry loss, not only completions", False)
+    bad_rows: str = flag("rows that cannot be used: refuse or skip", "refuse", choices=("refuse", "skip"))
+    long_rows: str = flag("rows longer than a block: cut, skip or refuse", "cut", choices=("cut", "skip", "refuse"))
     max_train_samples: int | None = flag("read only this many training documents", minimum=1)
     streaming: bool = flag("read the training data while training instead of before", False)
     block_size: int | None = flag("tokens read per sample (default: the model's positions, at most 1024)", minimum=2)
@@ -152,6 +161,7 @@ IN_DEEPSPEED_JSON = {
     "weight_decay": "optimizer.params.weight_decay",
     "zero_stage": "zero_optimization.stage",
 }
+_PARTS = ("prompt", "completion")
 GROUPS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "run": RunArguments}
 
 
@@ -370,6 +380,14 @@ def _contradictions(given: dict[str, Any]) -> list[str]:
         problems.append("--dataset_name and --train_file are both given: keep one source of training data")
     if given.get("dataset_config_name") and not given.get("dataset_name"):
         problems.append("--dataset_config_name needs --dataset_name")
+    for kind in _PARTS:
+        ways = ("text_column", "messages_column", f"{kind}_column", f"{kind}_template")
+        if len(used := [f"--{name}" for name in ways if given.get(name)]) > 1:
+            problems.append(f"{' and '.join(used)} are both given, and say in two ways what a row is: keep one")
+    has_prompt, has_completion = (any(given.get(f"{k}_{x}") for x in ("column", "template")) for k in _PARTS)
+    if has_prompt != has_completion:
+        have, lack = _PARTS if has_prompt else _PARTS[::-1]
+        problems.append(f"a {have} needs a {lack}: give --{lack}_column or --{lack}_template too")
     if given.get("max_steps", -1) > 0 and "num_train_epochs" in given:
         problems.append("--max_steps and --num_train_epochs are both given, and the first would win: keep one")
     by_epoch, by_steps = given.get("eval_strategy") == "epoch", given.get("eval_steps") is not None

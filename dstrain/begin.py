@@ -38,6 +38,7 @@ def begin(run: Run, quiet: Any) -> None:
         truncate_to_step(run.folder.path, run.state.step, open_steps)
     notes = [*(restored.events if restored else []), *(("notice", notice) for notice in run.resolved.notices)]
     notes += [("memory_limit", problem) for problem in run.foresight.problems]
+    notes += [("skipped_rows", text) for text in run.data.notices]
     if run.launch.is_main and (expected := run.foresight.describe()):
         print(expected, file=screen())
     for name, text in notes:

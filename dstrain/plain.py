@@ -132,7 +132,7 @@ class PlainRun:
 def run_plain(args: Arguments, resolved: ResolvedConfig, steps: int) -> PlainRun:
     """The first steps of the run that `args` asks for, from scratch, with every packed document alone."""
     config = load_model_config(args.model)
-    tokenizer = build_tokenizer(args.model.tokenizer_name, args.model.trust_remote_code)
+    tokenizer = build_tokenizer(args.model.tokenizer_name, args.model.trust_remote_code, args.model.chat_template)
     data = build_data(
         args.data,
         tokenizer,

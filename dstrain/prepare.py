@@ -207,7 +207,7 @@ def _build_tokenizer(args: Arguments, config: Any) -> tuple[Any, int]:
     source = args.model.model_name_or_path or args.model.config_name
     assert source is not None, "`read_configuration` refuses a start without a model"
     name = args.model.tokenizer_name or ("bytes" if source.endswith(".json") else source)
-    tokenizer = build_tokenizer(name, args.model.trust_remote_code)
+    tokenizer = build_tokenizer(name, args.model.trust_remote_code, args.model.chat_template)
     check_vocabulary(config, num_token_ids(tokenizer), name)
     block_size = args.data.block_size or min(1024, max_positions(config) or 1024)
     check_block_size(config, block_size)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from dstrain.arguments import DataArguments
 from dstrain.data.order import epoch_order, hash_words, mix
 from dstrain.data.packing import BlockSamples, PackedSamples, RowSamples, Samples, Subset, pack_documents
+from dstrain.data.rows import NUM_PLACES, describe_skipped
+from dstrain.data.segments import RowRules
 from dstrain.data.sources import build_sources, write_text
 from dstrain.data.store import FORMAT_VERSION, TokenStore, find_or_write_store
 from dstrain.data.tokenization import TextEncoder
@@ -31,7 +33,7 @@ class TrainingData:
     """Training and held-out samples, and what is known about them.
 
     sha256: of the sources' content alone. samples_sha256: also of the tokenizer, the block, packing and the split, so
-    that equal hashes mean equal samples. facts: for `run.json`, see `_facts`.
+    that equal hashes mean equal samples. facts: for `run.json`, see `_facts`. notices: lines for the user.
     """
 
     train: Samples
@@ -40,6 +42,7 @@ class TrainingData:
     samples_sha256: str
     source: str
     facts: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -120,15 +123,16 @@ def _read_answer(answer_file: Path) -> dict[str, Any]:
 def _prepare(dargs: DataArguments, encoder: TextEncoder, cache: Path) -> dict[str, Any]:
     """Tokenize what is not in the cache. Returns where it is, as JSON."""
     train, validation = build_sources(dargs, cache)
+    rules = RowRules(dargs.bad_rows, dargs.train_on_prompts)
     answer: dict[str, Any] = {
         "source": train.description,
         "sha256": train.sha256,
         "split_seeded": train.split_seeded,
-        "train": str(find_or_write_store(cache, train, encoder)),
+        "train": str(find_or_write_store(cache, train, encoder, rules)),
         "validation": None,
     }
     if validation is not None:
-        answer["validation"] = str(find_or_write_store(cache, validation, encoder))
+        answer["validation"] = str(find_or_write_store(cache, validation, encoder, rules))
         answer["validation_source"] = validation.description
         answer["sha256"] = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode()).hexdigest()
     return answer
@@ -138,19 +142,21 @@ def _open(
     answer: dict[str, Any], dargs: DataArguments, encoder: TextEncoder, seed: int, block_size: int
 ) -> TrainingData:
     store = TokenStore.open(Path(answer["train"]))
-    documents = np.arange(len(store.lengths))
+    documents, skipped = _usable_documents(store, dargs, block_size)
     split_seed = seed if answer["split_seeded"] else 0
     validation: Samples | None = None
+    skipped_validation: dict[str, Any] = {}
     if answer["validation"]:
         held_out_store = TokenStore.open(Path(answer["validation"]))
+        held_out, skipped_validation = _usable_documents(held_out_store, dargs, block_size)
         train = _build_samples(store, documents, block_size, dargs.packing)
-        validation = _build_samples(held_out_store, np.arange(len(held_out_store.lengths)), block_size, dargs.packing)
+        validation = _build_samples(held_out_store, held_out, block_size, dargs.packing)
         split = answer["validation_source"]
-    elif len(documents) >= (2 if store.completions is not None else _FEW_DOCUMENTS):
-        held_out = held_out_documents(store.hashes, split_seed)
-        train = _build_samples(store, documents[~held_out], block_size, dargs.packing)
-        validation = _build_samples(store, documents[held_out], block_size, dargs.packing)
-        split = f"{held_out.sum()} of the {len(documents)} training documents"
+    elif len(documents) >= (2 if store.is_rows else _FEW_DOCUMENTS):
+        is_held_out = held_out_documents(store.hashes[documents], split_seed)
+        train = _build_samples(store, documents[~is_held_out], block_size, dargs.packing)
+        validation = _build_samples(store, documents[is_held_out], block_size, dargs.packing)
+        split = f"{is_held_out.sum()} of the {len(documents)} training documents"
     else:
         train, validation, split = _hold_out_samples(
             _build_samples(store, documents, block_size, dargs.packing), split_seed
@@ -158,21 +164,47 @@ def _open(
     for name, samples in (("training", train), ("validation", validation)):
         if samples is not None and samples.num_label_tokens == 0:
             raise UserError(f"the {name} data ({answer['source']}) hold no token to predict: give more text")
-    identity = [answer["sha256"], encoder.sha256, block_size, dargs.packing, split_seed, FORMAT_VERSION]
+    chosen = [dargs.packing, dargs.train_on_prompts, dargs.long_rows]
+    identity = [answer["sha256"], encoder.sha256, block_size, *chosen, split_seed, FORMAT_VERSION]
     return TrainingData(
         train=train,
         validation=validation,
         sha256=answer["sha256"],
         samples_sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         source=answer["source"],
-        facts=_facts(store, train, validation, split),
+        facts=_facts(store, train, validation, split)
+        | {"skipped_rows": skipped, "skipped_validation_rows": skipped_validation},
+        notices=[
+            *describe_skipped(skipped, answer["source"]),
+            *describe_skipped(skipped_validation, answer.get("validation_source", "")),
+        ],
     )
+
+
+def _usable_documents(store: TokenStore, dargs: DataArguments, block_size: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """(the documents that the flags let in: int64, ascending; the rows left out, as `SkippedRows` counts them)."""
+    for name, default in (("long_rows", "cut"), ("train_on_prompts", False)):
+        if getattr(dargs, name) != default and not store.is_rows:
+            raise UserError(
+                f"--{name} is for rows of prompts or chats, and {store.facts['source']} is plain text: leave it out"
+            )
+    skipped = dict(store.facts["skipped_rows"])
+    documents, long = np.arange(len(store.lengths)), np.flatnonzero(store.lengths > block_size)
+    if dargs.long_rows == "cut" or len(long) == 0:
+        return documents, skipped
+    if dargs.long_rows == "refuse":
+        raise UserError(
+            f"rows longer than a block of {block_size} tokens: {len(long):,}, the first at {store.place(long[0])} with "
+            f"{store.lengths[long[0]]:,}: raise --block_size, or write --long_rows cut or skip"
+        )
+    skipped["longer than the block"] = {"rows": len(long), "first": [store.place(i) for i in long[:NUM_PLACES]]}
+    return np.delete(documents, long), skipped
 
 
 def _build_samples(store: TokenStore, documents: np.ndarray, block_size: int, packing: bool) -> Samples:
     if packing:
-        return PackedSamples(store, _packs(store, documents, block_size), block_size)
-    if store.completions is not None:
+        return PackedSamples(store, _packs(store, documents, block_size), block_size, len(documents))
+    if store.is_rows:
         return RowSamples(store, documents, block_size)
     return BlockSamples(store, documents, block_size)
 
@@ -217,6 +249,7 @@ def _facts(store: TokenStore, train: Samples, validation: Samples | None, split:
     """JSON for `run.json`: what was read, what became of it, and how much of it carries loss."""
     return {
         "source": store.facts["source"],
+        "kinds": store.facts["kinds"],
         "num_documents": store.facts["num_documents"],
         "num_empty_documents": store.facts["num_empty_documents"],
         "num_bytes": store.facts["num_bytes"],

@@ -2,7 +2,8 @@
 
 A text file is one document: lines are no documents in code, prose or verse, so they are not treated as such (unlike
 in run_clm.py, which ends up with the same tokens but puts no end-of-text between files). For many short texts use
-JSON lines. Whatever cannot be read is refused with its file and line; nothing is skipped but empty documents.
+JSON lines. A row that cannot be used becomes a `BadRow` with its file and line; damage that hides where the next row
+begins (half a gzip file, a broken JSON array, an open quote in CSV) is refused.
 """
 
 import csv
@@ -15,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dstrain.data.columns import Document, choose_columns, read_row
+from dstrain.data.columns import LIST, NULL, OTHER, TEXT, ColumnFlags, choose_shape, value_kind
+from dstrain.data.rows import BadRow, Row, check_document, read_row
 from dstrain.errors import UserError
 
 _KINDS = {
@@ -38,19 +40,20 @@ def file_kind(path: Path) -> tuple[str | None, str]:
     return _KINDS.get(suffix.lower()), compression
 
 
-def read_file(path: Path, text_column: str | None) -> Iterator[Document]:
-    """The documents of one file, in order. A file of unknown suffix is text. Raises UserError."""
-    readers: dict[str, Callable[[Path, str | None], Iterator[Document]]] = {
+def read_file(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
+    """The rows of one file, in order. A file of unknown suffix is text. Raises UserError."""
+    readers: dict[str, Callable[[Path, ColumnFlags], Iterator[Row | BadRow]]] = {
         "text": _read_text,
         "json": _read_json,
-        "csv": lambda path, column: _read_csv(path, column, ","),
-        "tsv": lambda path, column: _read_csv(path, column, "\t"),
+        "csv": lambda path, columns: _read_csv(path, columns, ","),
+        "tsv": lambda path, columns: _read_csv(path, columns, "\t"),
         "parquet": _read_parquet,
     }
     kind = file_kind(path)[0] or "text"
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: leave it out or fill it")
-    yield from readers[kind](path, text_column)
+        yield BadRow(str(path), "empty file", f"{path} is empty: leave it out or fill it")
+    else:
+        yield from readers[kind](path, columns)
 
 
 @contextmanager
@@ -73,105 +76,122 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): is it whole?") from None
 
 
-def _decode(where: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 (byte {error.start + 1} is 0x{data[error.start]:02x}): "
-            "convert it, for example with iconv -f latin1 -t utf-8"
-        ) from None
+def _not_utf8(where: str, error: UnicodeDecodeError) -> BadRow:
+    problem = (
+        f"{where} is not UTF-8 (byte {error.start + 1} is 0x{error.object[error.start]:02x}): "
+        "convert it, for example with iconv -f latin1 -t utf-8"
+    )
+    return BadRow(where, "not UTF-8", problem)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Decoded lines with their ends; a byte order mark is dropped."""
+def _lines(path: Path) -> Iterator[tuple[str, BadRow | None]]:
+    """Decoded lines with their ends, and what is wrong with them; a byte order mark is dropped."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            text = _decode(f"{path}:{number}", line)
-            yield text.removeprefix("\ufeff") if number == 1 else text
+            bad = None
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                bad = _not_utf8(f"{path}:{number}", error)
+                text = line.decode("utf-8", "replace")
+            yield text.removeprefix("\ufeff") if number == 1 else text, bad
 
 
-def _read_text(path: Path, text_column: str | None) -> Iterator[Document]:
+def _read_text(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
+    if needing := columns.needing_columns:
+        raise UserError(f"{path} is plain text, which has no columns: {needing[0]} needs JSON lines, CSV or parquet")
     with _open(path) as file:
         data = file.read()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line} is not UTF-8 (byte 0x{data[error.start]:02x}): a binary file, or convert it, "
+        where = f"{path}:{line}"
+        problem = (
+            f"{where} is not UTF-8 (byte 0x{data[error.start]:02x}): a binary file, or convert it, "
             "for example with iconv -f latin1 -t utf-8"
-        ) from None
-    yield (text.removeprefix("\ufeff"),)
+        )
+        yield BadRow(where, "not UTF-8", problem)
+    else:
+        yield check_document(str(path), (text.removeprefix("\ufeff"),))
 
 
-def _read_json(path: Path, text_column: str | None) -> Iterator[Document]:
+def _read_json(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
     """JSON lines, or one JSON array of objects (read whole); which of the two shows in the first character."""
     with _open(path) as file:
         is_array = next((line.strip()[:1] == b"[" for line in file if line.strip()), False)
-    columns = None
+    shape = None
     for where, row in _json_array(path) if is_array else _json_lines(path):
-        if not isinstance(row, dict):
-            raise UserError(f'{where} is not an object: write {{"text": "..."}}')
-        if columns is None:
-            columns = choose_columns(where, {name: isinstance(cell, str) for name, cell in row.items()}, text_column)
-        document = read_row(where, row, columns)
-        for cell in document:
-            _refuse_surrogates(where, cell)
-        yield document
+        if isinstance(row, BadRow):
+            yield row
+        elif not isinstance(row, dict):
+            yield BadRow(where, "wrong type", f'{where} is not an object: write {{"text": "..."}}')
+        else:
+            shape = shape or choose_shape(where, {name: value_kind(cell) for name, cell in row.items()}, columns)
+            yield read_row(where, row, shape)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            where = f"{path}:{number}"
+    """(where, the value or a BadRow)."""
+    for number, (line, bad) in enumerate(_lines(path), 1):
+        where = f"{path}:{number}"
+        if bad:
+            yield where, bad
+        elif line.strip():
             try:
                 yield where, json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
+                problem = (
                     f"{where} is not valid JSON ({error.msg} at column {error.colno}): write one object on each line"
-                ) from None
+                )
+                yield where, BadRow(where, "invalid JSON", problem)
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    text = "".join(_lines(path))
+    lines = []
+    for line, bad in _lines(path):
+        if bad:
+            raise UserError(bad.problem)
+        lines.append(line)
     try:
-        rows = json.loads(text)
+        rows = json.loads("".join(lines))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno} is not valid JSON ({error.msg} at column {error.colno})") from None
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", row
 
 
-def _refuse_surrogates(where: str, cell: str) -> None:
-    if not cell.isascii():
-        try:
-            cell.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = f"\\u{ord(cell[error.start]):04x}"
-            raise UserError(f"{where} holds half a surrogate pair ({code}), which is no character: mend it") from None
-
-
-def _read_csv(path: Path, text_column: str | None, delimiter: str) -> Iterator[Document]:
+def _read_csv(path: Path, columns: ColumnFlags, delimiter: str) -> Iterator[Row | BadRow]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    broken: list[BadRow] = []  # lines of the row that is being read
+
+    def lines() -> Iterator[str]:
+        for line, bad in _lines(path):
+            if bad:
+                broken.append(bad)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
-        header = next(reader)
-        columns = choose_columns(f"{path}:1", dict.fromkeys(header, True), text_column)
+        header = next(reader, [])
+        if broken:
+            raise UserError(broken[0].problem)
+        shape = choose_shape(f"{path}:1", dict.fromkeys(header, TEXT), columns)
         for cells in reader:
             where = f"{path}:{reader.line_num}"
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{where} has {len(cells)} fields, the header {len(header)}: quote text that holds commas"
-                )
-            yield read_row(where, dict(zip(header, cells, strict=True)), columns)
+            if broken:
+                yield broken[0]
+                broken.clear()
+            elif len(cells) == len(header):
+                yield read_row(where, dict(zip(header, cells, strict=True)), shape)
+            elif cells:
+                counts = f"{len(cells)} fields, the header {len(header)}"
+                yield BadRow(where, "wrong number of fields", f"{where} has {counts}: quote text that holds commas")
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num} is not valid CSV ({error})") from None
 
 
-def _read_parquet(path: Path, text_column: str | None) -> Iterator[Document]:
+def _read_parquet(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -181,20 +201,26 @@ def _read_parquet(path: Path, text_column: str | None) -> Iterator[Document]:
                 file = pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()))
         else:
             file = pyarrow.parquet.ParquetFile(path)
-        types = {field.name: _is_text(field.type) for field in file.schema_arrow}
-        columns = choose_columns(str(path), types, text_column)
+        kinds = {field.name: arrow_kind(field.type) for field in file.schema_arrow}
+        shape = choose_shape(str(path), kinds, columns)
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+        for batch in file.iter_batches(batch_size=1024, columns=list(shape.columns)):
             for row in batch.to_pylist():
                 number += 1
-                yield read_row(f"{path} row {number}", row, columns)
+                yield read_row(f"{path} row {number}", row, shape)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable parquet file ({' '.join(str(error).split())[:200]})") from None
 
 
-def _is_text(arrow_type: Any) -> bool:
+def arrow_kind(arrow_type: Any) -> str:
+    """What the cells of a pyarrow type are, see `columns.TEXT`."""
     from pyarrow import types
 
     if types.is_dictionary(arrow_type):
-        return _is_text(arrow_type.value_type)
-    return types.is_string(arrow_type) or types.is_large_string(arrow_type) or types.is_string_view(arrow_type)
+        return arrow_kind(arrow_type.value_type)
+    if types.is_string(arrow_type) or types.is_large_string(arrow_type) or types.is_string_view(arrow_type):
+        return TEXT
+    if types.is_null(arrow_type):
+        return NULL
+    lists = (types.is_list, types.is_large_list, types.is_list_view)
+    return LIST if any(is_list(arrow_type) for is_list in lists) else OTHER

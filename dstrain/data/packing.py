@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dstrain.data.store import TokenStore
+from dstrain.data.store import TokenStore, count_labels
 
 IGNORE = -100
 
@@ -84,37 +84,36 @@ class BlockSamples(Samples):
 
 
 class RowSamples(Samples):
-    """One document a sample, cut at `block_size`; a prompt carries no loss. Rows without a token to learn are left out.
+    """One document a sample, cut at `block_size`. Rows without a token to learn are left out.
 
     num_cut: rows longer than a block; num_without_loss: rows left out.
     """
 
     def __init__(self, store: TokenStore, documents: np.ndarray, block_size: int):
         self.store, self.block_size = store, block_size
-        ends = np.minimum(store.lengths[documents], block_size)
-        first = _first_labels(store, documents)
-        keep = first < ends
-        self.documents, self._first = documents[keep], first[keep]
-        self.token_counts = ends[keep]
-        self.label_counts = self.token_counts - self._first
-        self.num_cut = int((store.lengths[self.documents] > block_size).sum())
+        lengths = store.lengths[documents]
+        taken = np.minimum(lengths, block_size)
+        counts = count_labels(store, np.asarray(store.offsets)[documents], taken)
+        keep = counts > 0
+        self.documents = documents[keep]
+        self.token_counts, self.label_counts = taken[keep], counts[keep]
+        self.num_cut = int((lengths[keep] > block_size).sum())
         self.num_without_loss = int((~keep).sum())
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         begin = int(self.store.offsets[self.documents[index]])
-        input_ids = self.store.tokens[begin : begin + int(self.token_counts[index])].astype(np.int64)
-        labels = input_ids.copy()
-        # The first token of plain text has no predecessor: its label never counts, and stays as in run_clm.
-        if self.store.completions is not None:
-            labels[: self._first[index]] = IGNORE
+        input_ids, labels = _read(self.store, begin, int(self.token_counts[index]))
         return {"input_ids": input_ids, "labels": labels}
 
 
-def _first_labels(store: TokenStore, documents: np.ndarray) -> np.ndarray:
-    """Position inside each document of the first token that a loss can count: never 0, which has no predecessor."""
-    if store.completions is None:
-        return np.ones(len(documents), np.int64)
-    return np.maximum(store.completions[documents], 1)
+def _read(store: TokenStore, begin: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids, labels) of a piece of a document, int64 [length]: nothing precedes the first, so it has no label."""
+    input_ids = store.tokens[begin : begin + length].astype(np.int64)
+    labels = input_ids.copy()
+    if store.carries_loss is not None:
+        labels[~store.carries_loss[begin : begin + length]] = IGNORE
+    labels[:1] = IGNORE
+    return input_ids, labels
 
 
 class PackedSamples(Samples):
@@ -123,60 +122,57 @@ class PackedSamples(Samples):
     `position_ids` begin at 0 with each document, which is how Hugging Face's attention functions tell documents apart
     (when there is no attention_mask); a document's first token carries no loss, so that no prediction crosses over.
 
-    pieces: int64 [p, 4] from `pack_documents`, sorted by pack.
+    pieces: int64 [p, 4] from `pack_documents`, sorted by pack. num_documents: how many documents they were made of.
     """
 
-    def __init__(self, store: TokenStore, pieces: np.ndarray, block_size: int):
+    def __init__(self, store: TokenStore, pieces: np.ndarray, block_size: int, num_documents: int):
         self.store, self.pieces, self.block_size = store, pieces, block_size
         is_start = np.diff(pieces[:, 0], prepend=-1) != 0
         starts = np.flatnonzero(is_start)
         self._bounds = np.append(starts, len(pieces))
-        self.token_counts = np.add.reduceat(pieces[:, 2], starts) if len(starts) else np.empty(0, np.int64)
-        self.label_counts = self.token_counts - (np.add.reduceat(pieces[:, 3], starts) if len(starts) else 0)
+        sums = np.add.reduceat(pieces[:, 2:], starts) if len(starts) else np.empty((0, 2), np.int64)
+        self.token_counts, self.label_counts = sums[:, 0], sums[:, 1]
+        if store.is_rows:
+            ends = store.offsets[np.searchsorted(store.offsets, pieces[:, 1], side="right")]
+            self.num_cut = int((pieces[:, 1] + pieces[:, 2] < ends).sum())
+            self.num_without_loss = num_documents - len(pieces)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        length = int(self.token_counts[index])
-        input_ids, position_ids = np.empty(length, np.int64), np.empty(length, np.int64)
-        masked = np.zeros(length, bool)
-        filled = 0
-        for _, begin, take, first in self.pieces[self._bounds[index] : self._bounds[index + 1]].tolist():
-            input_ids[filled : filled + take] = self.store.tokens[begin : begin + take]
-            position_ids[filled : filled + take] = np.arange(take)
-            masked[filled : filled + first] = True
-            filled += take
+        pieces = self.pieces[self._bounds[index] : self._bounds[index + 1]].tolist()
+        read = [_read(self.store, begin, length) for _, begin, length, _ in pieces]
         return {
-            "input_ids": input_ids,
-            "labels": np.where(masked, IGNORE, input_ids),
-            "position_ids": position_ids,
+            "input_ids": np.concatenate([input_ids for input_ids, _ in read]),
+            "labels": np.concatenate([labels for _, labels in read]),
+            "position_ids": np.concatenate([np.arange(length) for _, _, length, _ in pieces]),
         }
 
 
 def pack_documents(store: TokenStore, documents: np.ndarray, block_size: int) -> np.ndarray:
     """Put documents into as few blocks as best-fit decreasing finds: int64 [p, 4], a row per piece of a document.
 
-    Columns: pack, begin (in the store's tokens), length, first (the position in the piece of its first label).
-    Plain documents longer than a block are cut into blocks and a rest; prompt rows are cut off at the block, since a
-    rest would have lost its prompt. Pieces without a label are left out, hence every piece has at least two tokens.
+    Columns: pack, begin (in the store's tokens), length, labels (the tokens of it that a next-token loss counts).
+    documents: int64 [m], ascending. Plain documents longer than a block are cut into blocks and a rest; rows are cut
+    off at the block, since a rest would have lost its prompt. Pieces without a label are left out, hence every piece
+    has at least two tokens.
     """
     lengths, begins = store.lengths[documents], np.asarray(store.offsets)[documents]
-    firsts = _first_labels(store, documents)
-    if store.completions is not None:
+    if store.is_rows:
         lengths = np.minimum(lengths, block_size)
     else:
         counts = -(-lengths // block_size)
         part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         lengths = np.minimum(np.repeat(lengths, counts) - part * block_size, block_size)
         begins = np.repeat(begins, counts) + part * block_size
-        firsts = np.ones(len(part), np.int64)
-    keep = firsts < lengths
-    lengths, begins, firsts = lengths[keep], begins[keep], firsts[keep]
+    labels = count_labels(store, begins, lengths)
+    keep = labels > 0
+    lengths, begins, labels = lengths[keep], begins[keep], labels[keep]
     packs = best_fit_decreasing(lengths, block_size)
     # Packs are numbered by their first document, documents keep their order inside a pack.
     first_of_pack = np.full(len(lengths), len(lengths))
     np.minimum.at(first_of_pack, packs, np.arange(len(packs)))
     order = np.lexsort((np.arange(len(packs)), first_of_pack[packs]))
     ranked = np.cumsum(np.diff(first_of_pack[packs][order], prepend=-1) != 0) - 1
-    return np.stack([ranked, begins[order], lengths[order], firsts[order]], axis=1).astype(np.int64)
+    return np.stack([ranked, begins[order], lengths[order], labels[order]], axis=1).astype(np.int64)
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -9,14 +9,16 @@ import sysconfig
 import time
 import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dstrain.arguments import DataArguments
-from dstrain.data.columns import Document, choose_columns, read_row
-from dstrain.data.files import file_kind, read_file
+from dstrain.data.columns import ColumnFlags, choose_shape
+from dstrain.data.files import arrow_kind, file_kind, read_file
+from dstrain.data.rows import BadRow, Row, check_document, read_row
 from dstrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Documents in a fixed order.
+    """Rows in a fixed order, those that cannot be used among them.
 
     sha256: of the content and of how it is read, not of names or places: the same bytes elsewhere are the same data.
     split_seeded: whether the held-out documents are drawn anew for each seed.
@@ -36,7 +38,7 @@ class Source(Protocol):
     @property
     def sha256(self) -> str: ...
 
-    def documents(self) -> Iterator[Document]: ...
+    def documents(self) -> Iterator[Row | BadRow]: ...
 
 
 def build_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source | None]:
@@ -44,6 +46,7 @@ def build_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source
     if dargs.streaming:
         raise UserError("--streaming is not there yet: leave it out (data are memory-mapped, not held in memory)")
     problems: list[str] = []
+    columns = ColumnFlags.of(dargs)
     train: Source | None = None
     validation: Source | None = None
     try:
@@ -51,7 +54,9 @@ def build_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source
             train, validation = _hub_sources(dargs, cache_dir)
         elif dargs.train_file:
             files = find_files(dargs.train_file, "--train_file")
-            train = FileSource(files, dargs.text_column, dargs.max_train_samples, cache_dir)
+            train = FileSource(files, columns, dargs.max_train_samples, cache_dir)
+        elif needing := columns.needing_columns:
+            raise UserError(f"{needing[0]} is for data of your own: name them with --train_file or --dataset_name")
         else:
             train = BuiltinCorpus(dargs.max_train_samples)
     except UserError as error:
@@ -59,7 +64,7 @@ def build_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source
     try:
         if dargs.validation_file:
             files = find_files(dargs.validation_file, "--validation_file")
-            validation = FileSource(files, dargs.text_column, None, cache_dir)
+            validation = FileSource(files, columns, None, cache_dir)
     except UserError as error:
         problems += error.problems
     if problems:
@@ -102,10 +107,10 @@ class BuiltinCorpus:
             digest.update(f"{file.relative_to(self.root).as_posix()}\0{len(content)}\0".encode() + content)
         return digest.hexdigest()
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[Row | BadRow]:
         for file in self._files:
             with tokenize.open(file) as text:  # in the encoding that the file declares
-                yield (text.read(),)
+                yield check_document(str(file), (text.read(),))
 
 
 def find_files(patterns: list[str], flag: str) -> list[Path]:
@@ -151,8 +156,8 @@ class FileSource:
 
     split_seeded = True
 
-    def __init__(self, files: list[Path], text_column: str | None, max_documents: int | None, cache_dir: Path):
-        self.files, self.text_column, self.max_documents = files, text_column, max_documents
+    def __init__(self, files: list[Path], columns: ColumnFlags, max_documents: int | None, cache_dir: Path):
+        self.files, self.columns, self.max_documents = files, columns, max_documents
         self._cache_dir = cache_dir
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         self.description = f"{files[0]}{more}"
@@ -160,10 +165,10 @@ class FileSource:
     @cached_property
     def sha256(self) -> str:
         contents = [(file_kind(file), file_sha256(file, self._cache_dir)) for file in self.files]
-        return _hash_json(["files", contents, self.text_column, self.max_documents])
+        return _hash_json(["files", contents, astuple(self.columns), self.max_documents])
 
-    def documents(self) -> Iterator[Document]:
-        rows = (row for file in self.files for row in read_file(file, self.text_column))
+    def documents(self) -> Iterator[Row | BadRow]:
+        rows = (row for file in self.files for row in read_file(file, self.columns))
         return islice(rows, self.max_documents)
 
 
@@ -210,7 +215,7 @@ def _hash_json(value: Any) -> str:
 
 
 def _hub_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source | None]:
-    name, config = dargs.dataset_name, dargs.dataset_config_name
+    name, config, columns = dargs.dataset_name, dargs.dataset_config_name, ColumnFlags.of(dargs)
     assert name is not None
     import datasets
 
@@ -225,10 +230,10 @@ def _hub_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source 
         ) from None
     if "train" not in splits:
         raise UserError(f"--dataset_name {name} has no split train: its splits are {', '.join(splits)}")
-    train = HubSource(name, splits["train"], "train", dargs.text_column, dargs.max_train_samples, cache_dir)
+    train = HubSource(name, splits["train"], "train", columns, dargs.max_train_samples, cache_dir)
     if "validation" not in splits:
         return train, None
-    return train, HubSource(name, splits["validation"], "validation", dargs.text_column, None, cache_dir)
+    return train, HubSource(name, splits["validation"], "validation", columns, None, cache_dir)
 
 
 class HubSource:
@@ -241,29 +246,30 @@ class HubSource:
         name: str,
         rows: "Dataset",
         split: str,
-        text_column: str | None,
+        columns: ColumnFlags,
         max_documents: int | None,
         cache_dir: Path,
     ):
-        self._where = f"{name} ({split})"
-        types = {column: getattr(f, "dtype", None) in ("string", "large_string") for column, f in rows.features.items()}
-        self._columns = choose_columns(f"--dataset_name {self._where}", types, text_column)
-        self._rows = rows.select_columns(list(self._columns))
+        self._where, self._columns = f"{name} ({split})", columns
+        kinds = {field.name: arrow_kind(field.type) for field in rows.features.arrow_schema}
+        self._shape = choose_shape(f"--dataset_name {self._where}", kinds, columns)
+        self._rows = rows.select_columns(list(self._shape.columns))
         self._max_documents, self._cache_dir = max_documents, cache_dir
         self.description = f"dataset {self._where}"
 
     @cached_property
     def sha256(self) -> str:
         files = [Path(file["filename"]) for file in self._rows.cache_files]
-        content = _remembered(f"rows {self._columns}", files, self._hash_rows, self._cache_dir)
-        return _hash_json(["hub", content, self._columns, self._max_documents])
+        content = _remembered(f"rows {self._shape.columns}", files, self._hash_rows, self._cache_dir)
+        return _hash_json(["hub", content, self._shape.columns, astuple(self._columns), self._max_documents])
 
     def _hash_rows(self) -> str:
         digest = hashlib.sha256()
         for batch in self._rows.iter(batch_size=1000):
-            digest.update(json.dumps([batch[column] for column in self._columns]).encode())
+            cells = [batch[column] for column in self._shape.columns]
+            digest.update(json.dumps(cells, default=str).encode())  # messages may hold dates
         return digest.hexdigest()
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[Row | BadRow]:
         rows = islice(enumerate(self._rows, 1), self._max_documents)
-        return (read_row(f"{self._where} row {number}", row, self._columns) for number, row in rows)
+        return (read_row(f"{self._where} row {number}", row, self._shape) for number, row in rows)

@@ -8,21 +8,24 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from dstrain.data.rows import EMPTY
+from dstrain.data.segments import JOB_CHARACTERS, RowRules, Segment, Segments, encode_segments
 from dstrain.data.sources import Source
 from dstrain.data.tokenization import TextEncoder
 from dstrain.errors import UserError
 
-FORMAT_VERSION = 2  # raise it with every change of what a store or a sample holds
-_JOB_CHARACTERS = 2**18  # text per job: large enough to hide the cost of a job, small enough to bound memory
+FORMAT_VERSION = 3  # raise it with every change of what a store or a sample holds
+_COUNT_TOKENS = 2**20  # tokens whose labels are counted at once
 _LOG_EVERY_S = 10.0
 logger = logging.getLogger(__name__)
 
@@ -32,43 +35,75 @@ class TokenStore:
     """Documents as tokens.
 
     tokens: uint16 or uint32 [num_tokens], memory-mapped; offsets: int64 [num_documents + 1] into tokens;
-    hashes: uint64 [num_documents] of each document's text; completions: int64 [num_documents], the position inside
-    the document where its completion begins, or None for plain text; facts: what `write_store` counted.
+    hashes: uint64 [num_documents] of each document's text; carries_loss: bool [num_tokens], memory-mapped, or None
+    where every token does; facts: what `write_store` counted.
     """
 
     folder: Path
     tokens: np.ndarray
     offsets: np.ndarray
     hashes: np.ndarray
-    completions: np.ndarray | None
+    carries_loss: np.ndarray | None
     facts: dict
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether each document is a row of its own (prompts, chats), and not text to be cut into blocks."""
+        return self.facts["kinds"] != ["text"]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def place(self, document: int) -> str:
+        """File and line of a row."""
+        with open(self.folder / "places.txt", encoding="utf-8") as file:
+            return next(islice(file, document, None)).rstrip("\n")
+
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
         facts = json.loads((folder / "facts.json").read_text())
-        completions = folder / "completions.npy"
+        loss = folder / "carries_loss.bin"
+        shape = (facts["num_tokens"],)
         return cls(
             folder=folder,
-            tokens=np.memmap(folder / "tokens.bin", dtype=facts["dtype"], mode="r", shape=(facts["num_tokens"],)),
+            tokens=np.memmap(folder / "tokens.bin", dtype=facts["dtype"], mode="r", shape=shape),
             offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
             hashes=np.load(folder / "hashes.npy", mmap_mode="r"),
-            completions=np.load(completions, mmap_mode="r") if completions.exists() else None,
+            carries_loss=np.memmap(loss, dtype=bool, mode="r", shape=shape) if loss.exists() else None,
             facts=facts,
         )
 
 
-def store_key(source: Source, encoder: TextEncoder) -> str:
-    content = f"{FORMAT_VERSION}\n{source.sha256}\n{encoder.sha256}"
+def count_labels(store: TokenStore, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens of each piece that a next-token loss counts: those that carry loss, but for the first, which nothing
+    precedes. int64 [n].
+
+    begins: int64 [n], ascending, into the store's tokens; lengths: int64 [n]. Memory: O(n).
+    """
+    if store.carries_loss is None:
+        return np.maximum(lengths - 1, 0)
+    counts = np.zeros(len(begins), np.int64)
+    first = 0
+    while first < len(begins):
+        start = int(begins[first])
+        last = max(first + 1, int(np.searchsorted(begins, start + _COUNT_TOKENS)))
+        stop = int(begins[last - 1] + lengths[last - 1])
+        before = np.concatenate([[0], np.cumsum(store.carries_loss[start:stop])])
+        ends = begins[first:last] + lengths[first:last] - start
+        counts[first:last] = before[ends] - before[np.minimum(begins[first:last] + 1 - start, ends)]
+        first = last
+    return counts
+
+
+def store_key(source: Source, encoder: TextEncoder, rules: RowRules) -> str:
+    content = f"{FORMAT_VERSION}\n{source.sha256}\n{encoder.sha256}\n{rules}"
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def find_or_write_store(cache_dir: Path, source: Source, encoder: TextEncoder) -> Path:
+def find_or_write_store(cache_dir: Path, source: Source, encoder: TextEncoder, rules: RowRules) -> Path:
     """Folder of the source's tokens, made now if it is not in the cache. Appears whole or not at all."""
-    folder = cache_dir / "tokens" / store_key(source, encoder)
+    folder = cache_dir / "tokens" / store_key(source, encoder, rules)
     if folder.exists():
         if _is_whole(folder):
             return folder
@@ -80,7 +115,7 @@ def find_or_write_store(cache_dir: Path, source: Source, encoder: TextEncoder) -
             shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
-        write_store(scratch, source, encoder)
+        write_store(scratch, source, encoder, rules)
         try:
             scratch.rename(folder)
         except OSError:
@@ -96,78 +131,95 @@ def _is_whole(folder: Path) -> bool:
         facts = json.loads((folder / "facts.json").read_text())
         size = (folder / "tokens.bin").stat().st_size
         offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        loss = folder / "carries_loss.bin"
+        if loss.exists() and loss.stat().st_size != facts["num_tokens"]:
+            return False
         return size == facts["num_tokens"] * np.dtype(facts["dtype"]).itemsize and offsets[-1] == facts["num_tokens"]
     except (OSError, ValueError, KeyError):
         return False
 
 
-@dataclass
-class _Segment:
-    """A piece of a document's text on its way to tokens."""
-
-    text: str
-    starts_document: bool
-    ends_document: bool
-    starts_completion: bool = False
-
-
 class _Writer:
-    """Lays the tokens of segments end to end in a file and notes where documents and completions begin."""
+    """Lays the tokens of segments end to end in a file, whether each carries loss in another; notes where documents
+    begin. loss: None where every token does; plain text is not written there."""
 
-    def __init__(self, file: BinaryIO, encoder: TextEncoder):
-        self._file = file
-        self._prefix, self._suffix = encoder.affixes
-        self._completion_suffix = encoder.completion_suffix
-        self._start = 0
+    def __init__(self, tokens: BinaryIO, loss: BinaryIO | None, encoder: TextEncoder):
+        self._tokens, self._loss = tokens, loss
+        prefix, suffix = encoder.affixes
+        empty = prefix[:0]  # a chat template writes the special tokens itself
+        self._affixes = {
+            "text": (prefix, suffix),
+            "prompt": (prefix, encoder.completion_suffix),
+            "chat": (empty, empty),
+        }
         self.position = 0
         self.offsets = [0]
-        self.completions: list[int] = []
 
-    def write(self, segments: list[_Segment], arrays: list[np.ndarray]) -> None:
-        out = []
-        for segment, ids in zip(segments, arrays, strict=True):
+    def write(self, segments: list[Segment], encoded: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        out, loss = [], []
+        for segment, (ids, carries) in zip(segments, encoded, strict=True):
+            prefix, suffix = self._affixes[segment.kind]
             if segment.starts_document:
-                self._start = self.position
-                out.append(self._prefix)
-                self.position += len(self._prefix)
-            if segment.starts_completion:
-                self.completions.append(self.position - self._start)
+                out.append(prefix)
+                loss.append(np.zeros(len(prefix), bool))
             out.append(ids)
-            self.position += len(ids)
+            loss.append(carries)
             if segment.ends_document:
-                suffix = self._completion_suffix if segment.starts_completion else self._suffix
                 out.append(suffix)
-                self.position += len(suffix)
-                self.offsets.append(self.position)
-        np.concatenate(out).tofile(self._file)
+                loss.append(np.ones(len(suffix), bool))
+                self.offsets.append(self.position + sum(map(len, out)))
+        tokens = np.concatenate(out)
+        tokens.tofile(self._tokens)
+        if self._loss is not None and segments[0].kind != "text":
+            np.concatenate(loss).tofile(self._loss)
+        self.position += len(tokens)
 
 
-def write_store(folder: Path, source: Source, encoder: TextEncoder) -> None:
+def write_store(folder: Path, source: Source, encoder: TextEncoder, rules: RowRules) -> None:
     """Tokenize the source's documents on all cores into `folder`, in order, in bounded memory."""
-    facts = {"source": source.description, "dtype": encoder.dtype.name, "num_bytes": 0, "num_empty_documents": 0}
-    hashes: list[int] = []
+    segments = Segments(source, encoder, rules)
     began = logged = time.monotonic()
-    with open(folder / "tokens.bin", "wb") as file:
-        writer = _Writer(file, encoder)
-        for segments, arrays in _encode_in_threads(_segments(source, encoder, hashes, facts), encoder):
-            writer.write(segments, arrays)
+    loss = folder / "carries_loss.bin"
+    with open(folder / "tokens.bin", "wb") as tokens_file, open(loss, "wb") as loss_file:
+        writer = _Writer(tokens_file, None if rules.train_on_prompts else loss_file, encoder)
+        for job, encoded in _encode_in_threads(segments, encoder):
+            writer.write(job, encoded)
             if time.monotonic() - logged > _LOG_EVERY_S:
                 logged = time.monotonic()
-                logger.info("tokenizing %s: %d documents, %d tokens", source.description, len(hashes), writer.position)
-        file.flush()
-        os.fsync(file.fileno())
+                count = len(segments.hashes)
+                logger.info("tokenizing %s: %d documents, %d tokens", source.description, count, writer.position)
+        for file in (tokens_file, loss_file):
+            file.flush()
+            os.fsync(file.fileno())
     if writer.position == 0:
         raise UserError(f"{source.description} holds no text: name files or a column with text in them")
+    is_rows = segments.kinds != ["text"]
+    if rules.train_on_prompts or not is_rows:
+        loss.unlink()
     _save(folder / "offsets.npy", np.asarray(writer.offsets, np.int64))
-    _save(folder / "hashes.npy", np.asarray(hashes, np.uint64))
-    if writer.completions:
-        _save(folder / "completions.npy", np.asarray(writer.completions, np.int64))
-    facts |= {"num_documents": len(hashes), "num_tokens": writer.position}
-    facts["tokenization_s"] = round(time.monotonic() - began, 3)
-    with open(folder / "facts.json", "w") as text:
-        json.dump(facts, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
+    _save(folder / "hashes.npy", np.asarray(segments.hashes, np.uint64))
+    if is_rows:
+        _write_durably(folder / "places.txt", "".join(place.replace("\n", " ") + "\n" for place in segments.places))
+    skipped = segments.skipped.kinds
+    facts = {
+        "source": source.description,
+        "dtype": encoder.dtype.name,
+        "kinds": segments.kinds,
+        "num_bytes": segments.num_bytes,
+        "num_documents": len(segments.hashes),
+        "num_empty_documents": skipped.get(EMPTY, {"rows": 0})["rows"],
+        "num_tokens": writer.position,
+        "skipped_rows": skipped,
+        "tokenization_s": round(time.monotonic() - began, 3),
+    }
+    _write_durably(folder / "facts.json", json.dumps(facts, indent=1))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -177,35 +229,13 @@ def _save(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def _segments(source: Source, encoder: TextEncoder, hashes: list[int], facts: dict) -> Iterator[_Segment]:
-    """Documents as segments; notes each document's hash, and counts bytes and empty documents."""
-    width = 0
-    for document in source.documents():
-        width = width or len(document)
-        if len(document) != width:
-            raise UserError(f"{source.description} mixes plain text with prompt and completion: train on one kind")
-        if not document[-1].strip():
-            facts["num_empty_documents"] += 1
-            continue
-        content = "\0".join(document).encode()
-        hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-        facts["num_bytes"] += len(content)
-        if len(document) == 2:
-            yield _Segment(document[0], True, False)
-            yield _Segment(document[1], False, True, starts_completion=True)
-        else:
-            pieces = encoder.split(document[0], _JOB_CHARACTERS)
-            for i, piece in enumerate(pieces, 1):
-                yield _Segment(piece, i == 1, i == len(pieces))
-
-
 def _encode_in_threads(
-    segments: Iterator[_Segment], encoder: TextEncoder
-) -> Iterator[tuple[list[_Segment], list[np.ndarray]]]:
+    segments: Iterable[Segment], encoder: TextEncoder
+) -> Iterator[tuple[list[Segment], list[tuple[np.ndarray, np.ndarray]]]]:
     pending: deque = deque()
     with ThreadPoolExecutor(encoder.num_threads) as pool:
         for job in _jobs(segments):
-            pending.append((job, pool.submit(encoder.encode, [segment.text for segment in job])))
+            pending.append((job, pool.submit(encode_segments, job, encoder)))
             if len(pending) > 2 * encoder.num_threads:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -214,13 +244,13 @@ def _encode_in_threads(
             yield done, future.result()
 
 
-def _jobs(segments: Iterator[_Segment]) -> Iterator[list[_Segment]]:
-    job: list[_Segment] = []
+def _jobs(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    job: list[Segment] = []
     characters = 0
     for segment in segments:
         job.append(segment)
         characters += len(segment.text) + 1
-        if characters >= _JOB_CHARACTERS:
+        if characters >= JOB_CHARACTERS:
             yield job
             job, characters = [], 0
     if job:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,13 +17,33 @@ if TYPE_CHECKING:
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 
-def build_tokenizer(name: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def build_tokenizer(
+    name: str, trust_remote_code: bool = False, chat_template: str | None = None
+) -> "PreTrainedTokenizerBase":
     """A Hugging Face tokenizer by hub name or folder, or the built-in one for `bytes`.
 
-    Raises UserError when there is no such tokenizer or its files are broken.
+    chat_template: a Jinja file or its text, in place of the tokenizer's own.
+    Raises UserError when there is no such tokenizer or template, or their files are broken.
     """
-    if name == "bytes":
-        return _build_byte_tokenizer()
+    tokenizer = _build_byte_tokenizer() if name == "bytes" else _load_tokenizer(name, trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    return tokenizer
+
+
+def _read_template(file_or_text: str) -> str:
+    if "{%" in file_or_text or "{{" in file_or_text:
+        return file_or_text
+    try:
+        return Path(file_or_text).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat_template {file_or_text} cannot be read ({getattr(error, 'strerror', 'it is not UTF-8')}): "
+            "name a Jinja file, or write the template itself"
+        ) from None
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
@@ -104,6 +125,23 @@ class TextEncoder:
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(ids, dtype=self.dtype) for ids in rows]
 
+    @property
+    def knows_places(self) -> bool:
+        """Whether `encode_with_begins` can be asked: only the tokenizers library says where in a text a token was."""
+        return self._backend is not None
+
+    def encode_with_begins(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids of each text [n], as `encode` gives them, and the character at which each token begins: int64 [n]."""
+        assert self._backend is not None
+        out = []
+        for encoding in self._backend.encode_batch(texts, add_special_tokens=False):
+            places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            begins = places[:, 0]
+            # Byte-level tokenizers leave the space before a word out of its place (trim_offsets).
+            begins[1:] = np.minimum(begins[1:], places[:-1, 1])
+            out.append((np.asarray(encoding.ids, dtype=self.dtype), begins))
+        return out
+
     def split(self, text: str, size: int) -> list[str]:
         """Cut a long text into pieces of about `size` characters whose ids, put together, are the text's ids.
 
@@ -165,4 +203,5 @@ class TextEncoder:
         else:
             content = json.dumps([type(self.tokenizer).__qualname__, sorted(self.tokenizer.get_vocab().items())])
         affixes = [ids.tolist() for ids in (*self.affixes, self.completion_suffix)]
-        return hashlib.sha256(json.dumps([content, affixes]).encode()).hexdigest()
+        template = getattr(self.tokenizer, "chat_template", None)
+        return hashlib.sha256(json.dumps([content, affixes, template]).encode()).hexdigest()

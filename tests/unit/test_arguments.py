@@ -131,6 +131,21 @@ WRONG = [
     (["--model_name_or_path", "a", "--config_overrides", "n=1"], "--config_overrides changes a model trained from"),
     (["--dataset_name", "a", "--train_file", "b"], "--dataset_name and --train_file are both given"),
     (["--dataset_config_name", "a"], "--dataset_config_name needs --dataset_name"),
+    (
+        ["--text_column", "a", "--messages_column", "b"],
+        "--text_column and --messages_column are both given, and say in",
+    ),
+    (
+        ["--prompt_column", "a", "--prompt_template", "{b}", "--completion_column", "c"],
+        "--prompt_column and --prompt_templ",
+    ),
+    (
+        ["--messages_column", "a", "--completion_template", "{b}"],
+        "--messages_column and --completion_template are both",
+    ),
+    (["--prompt_column", "a"], "a prompt needs a completion: give --completion_column or --completion_template too"),
+    (["--completion_template", "{a}"], "a completion needs a prompt: give --prompt_column or --prompt_template too"),
+    (["--bad_rows", "drop"], "--bad_rows is 'drop': write one of refuse, skip"),
     (["--learning_rate", "1"], "--learning_rate: it is optimizer.params.lr of the DeepSpeed JSON"),
     (["--learning_rate=0.1"], "write it there, or --set optimizer.params.lr=0.1"),
     (["--bf16"], "--bf16: it is bf16.enabled of the DeepSpeed JSON"),

@@ -191,7 +191,8 @@ def test_one_process_of_a_host_works_and_all_read(tmp_path):
 def test_the_working_process_tells_the_others_what_is_wrong(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [*stories(3), {"txt": "a"}])
     outcomes = run_host(tmp_path, train_file=[file])
-    assert {str(outcome) for outcome in outcomes} == {f"{file}:4 has no column text (it has txt)"}
+    (message,) = {str(outcome) for outcome in outcomes}
+    assert message.startswith(f"{file}:4 has no column text (it has txt)")
     assert all(isinstance(outcome, UserError) for outcome in outcomes)
     write_jsonl(tmp_path / "a.jsonl", stories(4))  # mended: the answer of the failed start is not believed
     assert {type(outcome).__name__ for outcome in run_host(tmp_path, train_file=[file])} == {"TrainingData"}

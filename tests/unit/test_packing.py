@@ -17,18 +17,24 @@ from dstrain.data.packing import (
     best_fit_decreasing,
     pack_documents,
 )
+from dstrain.data.store import count_labels
 
 documents_of = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
-def store_of(lengths, completions=None):
-    """A store whose tokens count upwards from 0, so that a token says where it comes from."""
+def store_of(lengths, completions=None, carries_loss=None):
+    """A store whose tokens count upwards from 0, so that a token says where it comes from.
+
+    completions: where in each document its completion begins; carries_loss: of each token, instead."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    if completions is not None:
+        carries_loss = np.concatenate([np.arange(n) >= c for n, c in zip(lengths, completions, strict=True)])
     return SimpleNamespace(
         tokens=np.arange(offsets[-1], dtype=np.uint32),
         offsets=offsets,
         lengths=np.diff(offsets),
-        completions=None if completions is None else np.asarray(completions),
+        carries_loss=carries_loss,
+        is_rows=carries_loss is not None,
     )
 
 
@@ -79,7 +85,7 @@ def test_best_fit_decreasing_is_the_textbook_algorithm(lengths, capacity):
 @settings(deadline=None)
 def test_packs_hold_every_document_once_and_apart(lengths, block_size):
     store = store_of(lengths)
-    samples = PackedSamples(store, pack_documents(store, np.arange(len(lengths)), block_size), block_size)
+    samples = PackedSamples(store, pack_documents(store, np.arange(len(lengths)), block_size), block_size, len(lengths))
     check_counts(samples)
     seen = []
     for i in range(len(samples)):
@@ -105,7 +111,7 @@ def test_packing_does_not_depend_on_chance():
     store = store_of(lengths)
     first, second = (pack_documents(store, np.arange(5000), 256) for _ in range(2))
     assert np.array_equal(first, second)
-    filled = PackedSamples(store, first, 256).num_tokens / ((first[-1, 0] + 1) * 256)
+    filled = PackedSamples(store, first, 256, 5000).num_tokens / ((first[-1, 0] + 1) * 256)
     assert filled > 0.97
 
 
@@ -126,7 +132,7 @@ def test_rows_learn_completions_only():
 
 def test_packed_rows_learn_completions_only():
     store = store_of([5, 3, 9, 8], completions=[3, 0, 2, 7])
-    samples = PackedSamples(store, pack_documents(store, np.arange(4), 8), 8)
+    samples = PackedSamples(store, pack_documents(store, np.arange(4), 8), 8, 4)
     check_counts(samples)
     rows = {tuple(samples[i]["input_ids"]): samples[i]["labels"].tolist() for i in range(len(samples))}
     assert rows == {
@@ -134,6 +140,38 @@ def test_packed_rows_learn_completions_only():
         tuple(range(8, 16)): [IGNORE, IGNORE, *range(10, 16)],
         tuple(range(17, 25)): [IGNORE] * 7 + [24],
     }
+    assert (samples.num_cut, samples.num_without_loss) == (1, 0)
+
+
+@given(documents_of, st.integers(2, 25), st.booleans(), st.data())
+def test_labels_are_what_carries_loss(lengths, block_size, packing, data):
+    """Of any mask: in each row the tokens that carry loss, but for its first; rows without are left out."""
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths))))
+    store = store_of(lengths, carries_loss=mask)
+    chosen = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    if packing:
+        samples = PackedSamples(store, pack_documents(store, chosen, block_size), block_size, len(chosen))
+    else:
+        samples = RowSamples(store, chosen, block_size)
+    check_counts(samples)
+    rows = [range(store.offsets[d], min(store.offsets[d + 1], store.offsets[d] + block_size)) for d in chosen]
+    expected = [[t for t in row[1:] if mask[t]] for row in rows]
+    labels = [samples[i]["labels"] for i in range(len(samples))]
+    assert sorted(t for row in labels for t in row[row != IGNORE]) == sorted(t for row in expected for t in row)
+    assert samples.num_without_loss == sum(not row for row in expected)
+    is_cut = [store.lengths[d] > block_size and bool(row) for d, row in zip(chosen, expected, strict=True)]
+    assert samples.num_cut == sum(is_cut)
+
+
+def test_labels_are_counted_in_parts(monkeypatch):
+    """Rows whose mask is counted a few tokens at a time, some longer than that."""
+    monkeypatch.setattr("dstrain.data.store._COUNT_TOKENS", 7)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 30, 500)
+    store = store_of(lengths, carries_loss=rng.random(lengths.sum()) < 0.3)
+    chosen = np.flatnonzero(rng.random(500) < 0.5)
+    counts = count_labels(store, store.offsets[chosen], lengths[chosen])
+    assert counts.tolist() == [store.carries_loss[store.offsets[d] + 1 : store.offsets[d + 1]].sum() for d in chosen]
 
 
 def test_subset():
@@ -166,7 +204,7 @@ def test_packed_documents_do_not_see_each_other_in_a_model(family, attention):
     config = AutoConfig.for_model(family, vocab_size=64, use_cache=False, **sizes[family])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     store = store_of([7, 5, 3, 9])
-    samples = PackedSamples(store, pack_documents(store, np.arange(4), 16), 16)
+    samples = PackedSamples(store, pack_documents(store, np.arange(4), 16), 16, 4)
     batch = collate([samples[i] for i in range(len(samples))], pad_token_id=0)
     assert (batch["input_ids"].shape[1] > samples.token_counts).any()
     with torch.no_grad():

@@ -7,25 +7,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstrain.data.columns import Document
+from dstrain.data.rows import BadRow, check_document
+from dstrain.data.segments import RowRules
 from dstrain.data.store import TokenStore, find_or_write_store, write_store
 from dstrain.data.tokenization import TextEncoder, build_tokenizer, num_token_ids, pad_token_id
 from dstrain.errors import UserError
 
+RULES = RowRules()
+
 
 class ListSource:
-    """Documents from a list."""
+    """Documents from a list, a line each."""
 
     description, split_seeded = "a list", True
 
-    def __init__(self, documents: list[Document]):
+    def __init__(self, documents: list):
         self.items = documents
         self.sha256 = str(hash(tuple(documents)))
         self.reads = 0
 
     def documents(self):
         self.reads += 1
-        return iter(self.items)
+        return (d if isinstance(d, BadRow) else check_document(f"f:{i}", d) for i, d in enumerate(self.items, 1))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def test_documents_as_the_tokenizer_has_them(shared_data, tmp_path, name, dtype,
     assert [ids.tolist() for ids in encoder.affixes] == [prefix, suffix]
     shakespeare = (shared_data / "tinyshakespeare.txt").read_text()[:300_000]
     texts = ["Once upon a time", "  two\n\n\nparts \n", "ünïcödé 𝄞", shakespeare]
-    write_store(tmp_path, ListSource([(text,) for text in texts]), encoder)
+    write_store(tmp_path, ListSource([(text,) for text in texts]), encoder, RULES)
     store = TokenStore.open(tmp_path)
     for i, text in enumerate(texts):
         ids = store.tokens[store.offsets[i] : store.offsets[i + 1]].tolist()
@@ -102,7 +105,7 @@ def test_documents_as_the_tokenizer_has_them(shared_data, tmp_path, name, dtype,
 @pytest.mark.parametrize(("name", "end"), [("tokenizers/gpt2", 50256), ("models/stories260K-hf", 2)])
 def test_a_completion_always_ends_with_an_end(shared_data, tmp_path, name, end):
     encoder = TextEncoder(build_tokenizer(str(shared_data / name)))
-    write_store(tmp_path, ListSource([("Two and two", " are four."), ("One and one", " are two.")]), encoder)
+    write_store(tmp_path, ListSource([("Two and two", " are four."), ("One and one", " are two.")]), encoder, RULES)
     store = TokenStore.open(tmp_path)
     assert [int(store.tokens[i - 1]) for i in store.offsets[1:]] == [end, end]
 
@@ -140,40 +143,48 @@ def test_a_tokenizer_without_the_fast_backend(byte_tokenizer, tmp_path):
 
     encoder = TextEncoder(Slow())
     assert encoder.dtype == np.uint32
-    write_store(tmp_path, ListSource([("ab",), ("c",)]), encoder)
+    write_store(tmp_path, ListSource([("ab",), ("c",)]), encoder, RULES)
     assert TokenStore.open(tmp_path).tokens.tolist() == [97, 98, 256, 99, 256]
     assert len(encoder.sha256) == 64
 
 
 def test_empty_documents_are_skipped_and_counted(byte_tokenizer, tmp_path):
-    write_store(tmp_path, ListSource([("",), ("a",), (" \n",), ("b",)]), TextEncoder(byte_tokenizer))
+    write_store(tmp_path, ListSource([("",), ("a",), (" \n",), ("b",)]), TextEncoder(byte_tokenizer), RULES)
     store = TokenStore.open(tmp_path)
     assert store.tokens.tolist() == [97, 256, 98, 256]
+    assert (store.carries_loss, store.is_rows) == (None, False)
     assert (store.facts["num_documents"], store.facts["num_empty_documents"]) == (2, 2)
     with pytest.raises(UserError, match="a list holds no text"):
-        write_store(tmp_path, ListSource([("",)]), TextEncoder(byte_tokenizer))
+        write_store(tmp_path, ListSource([("",)]), TextEncoder(byte_tokenizer), RULES)
 
 
 def test_prompts_and_completions(byte_tokenizer, tmp_path):
     source = ListSource([("2+2=", "4"), ("", "alone"), ("no answer", "")])
-    write_store(tmp_path, source, TextEncoder(byte_tokenizer))
+    write_store(tmp_path, source, TextEncoder(byte_tokenizer), RULES)
     store = TokenStore.open(tmp_path)
     assert store.tokens.tolist() == [*b"2+2=4", 256, *b"alone", 256]
-    assert store.completions.tolist() == [4, 0]
-    assert store.facts["num_empty_documents"] == 1
+    assert store.carries_loss.tolist() == [False] * 4 + [True] * 2 + [True] * 6
+    assert store.is_rows
+    assert [store.place(i) for i in range(2)] == ["f:1", "f:2"]
+    assert store.facts["skipped_rows"] == {"empty": {"rows": 1, "first": ["f:3"]}}
+    everything = tmp_path / "everything"
+    everything.mkdir()
+    write_store(everything, source, TextEncoder(byte_tokenizer), RowRules(train_on_prompts=True))
+    store = TokenStore.open(everything)
+    assert (store.tokens.tolist(), store.carries_loss, store.is_rows) == ([*b"2+2=4", 256, *b"alone", 256], None, True)
     with pytest.raises(UserError, match="mixes plain text with prompt and completion"):
-        write_store(tmp_path, ListSource([("a",), ("b", "c")]), TextEncoder(byte_tokenizer))
+        write_store(tmp_path, ListSource([("a",), ("b", "c")]), TextEncoder(byte_tokenizer), RULES)
 
 
 def test_the_cache_is_by_content_and_mends_itself(byte_tokenizer, tmp_path, caplog):
     encoder = TextEncoder(byte_tokenizer)
     source = ListSource([("some text",)])
-    folder = find_or_write_store(tmp_path, source, encoder)
-    assert find_or_write_store(tmp_path, source, encoder) == folder
+    folder = find_or_write_store(tmp_path, source, encoder, RULES)
+    assert find_or_write_store(tmp_path, source, encoder, RULES) == folder
     assert source.reads == 1
-    assert find_or_write_store(tmp_path, ListSource([("other text",)]), encoder) != folder
+    assert find_or_write_store(tmp_path, ListSource([("other text",)]), encoder, RULES) != folder
     (folder / "tokens.bin").write_bytes(b"\0")
-    assert find_or_write_store(tmp_path, source, encoder) == folder
+    assert find_or_write_store(tmp_path, source, encoder, RULES) == folder
     assert source.reads == 2
     assert "damaged" in caplog.text
     assert TokenStore.open(folder).tokens.tolist() == [*b"some text", 256]
@@ -185,26 +196,21 @@ def test_leftovers_of_killed_runs_are_removed(byte_tokenizer, tmp_path):
     for folder in (old, fresh):
         folder.mkdir(parents=True)
     os.utime(old, (0, 0))
-    find_or_write_store(tmp_path, ListSource([("text",)]), TextEncoder(byte_tokenizer))
+    find_or_write_store(tmp_path, ListSource([("text",)]), TextEncoder(byte_tokenizer), RULES)
     assert not old.exists()
     assert fresh.exists()
 
 
 def test_nothing_is_left_of_a_store_that_failed(byte_tokenizer, tmp_path):
-    def broken():
-        yield ("fine",)
-        raise UserError("line 2 is broken")
-
-    source = ListSource([])
-    source.documents = broken
+    source = ListSource([("fine",), BadRow("f:2", "broken", "line 2 is broken")])
     with pytest.raises(UserError, match="line 2 is broken"):
-        find_or_write_store(tmp_path, source, TextEncoder(byte_tokenizer))
+        find_or_write_store(tmp_path, source, TextEncoder(byte_tokenizer), RULES)
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
 def test_order_is_kept_over_many_jobs(byte_tokenizer, tmp_path):
     texts = [f"document {i} " + "x" * (i % 700) for i in range(3000)]
-    write_store(tmp_path, ListSource([(text,) for text in texts]), TextEncoder(byte_tokenizer))
+    write_store(tmp_path, ListSource([(text,) for text in texts]), TextEncoder(byte_tokenizer), RULES)
     store = TokenStore.open(tmp_path)
     assert bytes(store.tokens[store.tokens < 256].astype(np.uint8)).decode() == "".join(texts)
     assert store.lengths.tolist() == [len(text) + 1 for text in texts]
