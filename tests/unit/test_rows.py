@@ -119,8 +119,8 @@ def test_templates_over_columns(tmp_path, suffix):
     ]
     assert read(path, prompt_column="q", completion_column="text") == [("x", "Good"), ("y", "Bad")]
     assert read(path, prompt_column="text", completion_template="{q}!") == [("Good", "x!"), ("Bad", "y!")]
-    with pytest.raises(UserError, match=r"has no column lable: did you mean \{label\}\? \(its columns are text, label"):
-        read(path, **flags | {"prompt_template": "{lable}"})
+    with pytest.raises(UserError, match=r"has no column labels: did you mean \{label\}\? \(its columns are text, label"):
+        read(path, **flags | {"prompt_template": "{labels}"})
 
 
 def test_columns_by_flag(tmp_path):
