@@ -64,9 +64,18 @@ class ChatRenderer:
                 f": the chat template asks for an answer ({before[-30:]!r}) in another way than it shows one: "
                 "give another with --chat_template",
             )
-        answer, content = after[len(before) :], messages[-1]["content"].strip()
-        at = answer.rfind(content) if content else 0
-        tail = answer[at + len(content) :] if at >= 0 else answer
+        answer = after[len(before) :]
+        last_word = "".join(messages[-1]["content"].split()[-1:])  # what stands before it may be rewritten
+        at = answer.rfind(last_word) if last_word else 0
+        if at < 0:
+            problem = f": the chat template leaves the answer out (it wrote {answer[:30]!r}): give another with"
+            raise RowError("refused by the chat template", f"{problem} --chat_template")
+        tail = answer[at + len(last_word) :]
+        if not tail:
+            raise UserError(
+                "the chat template writes nothing behind an answer, so that the model would never learn to stop: "
+                "give one that does with --chat_template FILE"
+            )
         # An end-of-turn that is nothing but white space ("Assistant: yes\n") is the model's own.
         end = len(answer.rstrip()) if tail.strip() else len(answer)
         return after, (len(before), len(before) + end)

@@ -286,6 +286,8 @@ def test_train_on_prompts_is_the_whole_chat(tmp_path, template):
             r"rows.jsonl:1 is refused by the chat template \(.*has no attribute 'name'",
         ),
         (INST + "{% if add_generation_prompt %}?{% endif %}", "in another way than it shows"),
+        (INST.replace("m['content'] + ' </s>'", "' </s>'"), r"rows\.jsonl:1: the chat template leaves the answer out"),
+        (INST.replace(" + ' </s>'", ""), "writes nothing behind an answer"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, template, message):

@@ -119,7 +119,7 @@ def test_templates_over_columns(tmp_path, suffix):
     ]
     assert read(path, prompt_column="q", completion_column="text") == [("x", "Good"), ("y", "Bad")]
     assert read(path, prompt_column="text", completion_template="{q}!") == [("Good", "x!"), ("Bad", "y!")]
-    with pytest.raises(UserError, match=r"has no column labels: did you mean \{label\}\? \(its columns are text, label"):
+    with pytest.raises(UserError, match=r"has no column labels: did you mean \{label\}\? \(its columns"):
         read(path, **flags | {"prompt_template": "{labels}"})
 
 
@@ -351,16 +351,14 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path):
 
 def test_documents_of_one_chat_are_held_out_together(tmp_path):
     """A template that rewrites history makes several documents of a chat: they must not be on both sides."""
-    template = (
-        "{% for m in messages %}{{ m['content'] }}{% if loop.last and m['role'] == 'assistant' %}!{% endif %}{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m['content'] }}{% if loop.last and m['role'] == 'assistant' %}!{% endif %}"
     rows = [
         {"messages": [{"role": "user", "content": f"{i}?"}, PAIR[1], {"role": "user", "content": "?"}, PAIR[1]]}
         for i in range(300)
     ]
     data = build_data(
         DataArguments(train_file=[str(write_rows(tmp_path / "a.jsonl", rows))]),
-        build_tokenizer("bytes", chat_template=template),
+        build_tokenizer("bytes", chat_template=template + "{% endfor %}"),
         seed=1,
         block_size=64,
         is_main_per_host=True,
