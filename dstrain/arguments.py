@@ -70,7 +70,11 @@ class DataArguments:
     messages_column: str | None = flag("column of chats (default: `messages` or `conversations`)")
     train_on_prompts: bool = flag("let prompts and all turns of a chat carry loss, not only completions", False)
     bad_rows: str = flag("rows that cannot be used: refuse or skip", "refuse", choices=("refuse", "skip"))
-    long_rows: str = flag("rows longer than a block: cut, skip or refuse", "cut", choices=("cut", "skip", "refuse"))
+    long_rows: str = flag(
+        "rows longer than a block: cut their end or their start, leave them out, or refuse",
+        "cut",
+        choices=("cut", "cut_start", "skip", "refuse"),
+    )
     max_train_samples: int | None = flag("read only this many training documents", minimum=1)
     streaming: bool = flag("read the training data while training instead of before", False)
     block_size: int | None = flag("tokens read per sample (default: the model's positions, at most 1024)", minimum=2)

@@ -149,18 +149,16 @@ def _open(
     if answer["validation"]:
         held_out_store = TokenStore.open(Path(answer["validation"]))
         held_out, skipped_validation = _usable_documents(held_out_store, dargs, block_size)
-        train = _build_samples(store, documents, block_size, dargs.packing)
-        validation = _build_samples(held_out_store, held_out, block_size, dargs.packing)
+        train = _build_samples(store, documents, block_size, dargs)
+        validation = _build_samples(held_out_store, held_out, block_size, dargs)
         split = answer["validation_source"]
     elif len(documents) >= (2 if store.is_rows else _FEW_DOCUMENTS):
         is_held_out = held_out_documents(store.hashes[documents], split_seed)
-        train = _build_samples(store, documents[~is_held_out], block_size, dargs.packing)
-        validation = _build_samples(store, documents[is_held_out], block_size, dargs.packing)
+        train = _build_samples(store, documents[~is_held_out], block_size, dargs)
+        validation = _build_samples(store, documents[is_held_out], block_size, dargs)
         split = f"{is_held_out.sum()} of the {len(documents)} training documents"
     else:
-        train, validation, split = _hold_out_samples(
-            _build_samples(store, documents, block_size, dargs.packing), split_seed
-        )
+        train, validation, split = _hold_out_samples(_build_samples(store, documents, block_size, dargs), split_seed)
     for name, samples in (("training", train), ("validation", validation)):
         if samples is not None and samples.num_label_tokens == 0:
             raise UserError(f"the {name} data ({answer['source']}) hold no token to predict: give more text")
@@ -190,32 +188,33 @@ def _usable_documents(store: TokenStore, dargs: DataArguments, block_size: int) 
             )
     skipped = dict(store.facts["skipped_rows"])
     documents, long = np.arange(len(store.lengths)), np.flatnonzero(store.lengths > block_size)
-    if dargs.long_rows == "cut" or len(long) == 0:
+    if dargs.long_rows.startswith("cut") or len(long) == 0:
         return documents, skipped
     if dargs.long_rows == "refuse":
         raise UserError(
             f"rows longer than a block of {block_size} tokens: {len(long):,}, the first at {store.place(long[0])} with "
-            f"{store.lengths[long[0]]:,}: raise --block_size, or write --long_rows cut or skip"
+            f"{store.lengths[long[0]]:,}: raise --block_size, or write --long_rows cut, cut_start or skip"
         )
     skipped["longer than the block"] = {"rows": len(long), "first": [store.place(i) for i in long[:NUM_PLACES]]}
     return np.delete(documents, long), skipped
 
 
-def _build_samples(store: TokenStore, documents: np.ndarray, block_size: int, packing: bool) -> Samples:
-    if packing:
-        return PackedSamples(store, _packs(store, documents, block_size), block_size, len(documents))
+def _build_samples(store: TokenStore, documents: np.ndarray, block_size: int, dargs: DataArguments) -> Samples:
+    keep_end = dargs.long_rows == "cut_start"
+    if dargs.packing:
+        return PackedSamples(store, _packs(store, documents, block_size, keep_end), block_size, len(documents))
     if store.is_rows:
-        return RowSamples(store, documents, block_size)
+        return RowSamples(store, documents, block_size, keep_end)
     return BlockSamples(store, documents, block_size)
 
 
-def _packs(store: TokenStore, documents: np.ndarray, block_size: int) -> np.ndarray:
+def _packs(store: TokenStore, documents: np.ndarray, block_size: int, keep_end: bool) -> np.ndarray:
     """`pack_documents`, kept beside the tokens: int64 [p, 4], memory-mapped."""
     name = hashlib.sha256(documents.astype(np.int64).tobytes()).hexdigest()[:16]
-    file = store.folder / f"packs-{block_size}-{name}.npy"
+    file = store.folder / f"packs-{block_size}-{name}{'-ends' if keep_end else ''}.npy"
     if not file.exists():
         scratch = file.with_name(f"{file.stem}.tmp-{os.getpid()}.npy")
-        np.save(scratch, pack_documents(store, documents, block_size))
+        np.save(scratch, pack_documents(store, documents, block_size, keep_end))
         scratch.replace(file)
     return np.load(file, mmap_mode="r")
 

@@ -83,26 +83,34 @@ class BlockSamples(Samples):
         return {"input_ids": input_ids, "labels": input_ids.copy()}
 
 
+def cut_rows(
+    store: TokenStore, documents: np.ndarray, block_size: int, keep_end: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(begins in the store's tokens, lengths) of what a block holds of each row, int64 [m]: its start or its end."""
+    lengths = store.lengths[documents]
+    taken = np.minimum(lengths, block_size)
+    return np.asarray(store.offsets)[documents] + (lengths - taken) * keep_end, taken
+
+
 class RowSamples(Samples):
     """One document a sample, cut at `block_size`. Rows without a token to learn are left out.
 
-    num_cut: rows longer than a block; num_without_loss: rows left out.
+    keep_end: a row that is cut loses its beginning. num_cut: rows longer than a block; num_without_loss: rows left out.
     """
 
-    def __init__(self, store: TokenStore, documents: np.ndarray, block_size: int):
+    def __init__(self, store: TokenStore, documents: np.ndarray, block_size: int, keep_end: bool = False):
         self.store, self.block_size = store, block_size
         lengths = store.lengths[documents]
-        taken = np.minimum(lengths, block_size)
-        counts = count_labels(store, np.asarray(store.offsets)[documents], taken)
+        begins, taken = cut_rows(store, documents, block_size, keep_end)
+        counts = count_labels(store, begins, taken)
         keep = counts > 0
-        self.documents = documents[keep]
+        self._begins = begins[keep]
         self.token_counts, self.label_counts = taken[keep], counts[keep]
         self.num_cut = int((lengths[keep] > block_size).sum())
         self.num_without_loss = int((~keep).sum())
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        begin = int(self.store.offsets[self.documents[index]])
-        input_ids, labels = _read(self.store, begin, int(self.token_counts[index]))
+        input_ids, labels = _read(self.store, int(self._begins[index]), int(self.token_counts[index]))
         return {"input_ids": input_ids, "labels": labels}
 
 
@@ -133,8 +141,8 @@ class PackedSamples(Samples):
         sums = np.add.reduceat(pieces[:, 2:], starts) if len(starts) else np.empty((0, 2), np.int64)
         self.token_counts, self.label_counts = sums[:, 0], sums[:, 1]
         if store.is_rows:
-            ends = store.offsets[np.searchsorted(store.offsets, pieces[:, 1], side="right")]
-            self.num_cut = int((pieces[:, 1] + pieces[:, 2] < ends).sum())
+            documents = np.searchsorted(store.offsets, pieces[:, 1], side="right") - 1
+            self.num_cut = int((store.lengths[documents] > block_size).sum())
             self.num_without_loss = num_documents - len(pieces)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -147,18 +155,18 @@ class PackedSamples(Samples):
         }
 
 
-def pack_documents(store: TokenStore, documents: np.ndarray, block_size: int) -> np.ndarray:
+def pack_documents(store: TokenStore, documents: np.ndarray, block_size: int, keep_end: bool = False) -> np.ndarray:
     """Put documents into as few blocks as best-fit decreasing finds: int64 [p, 4], a row per piece of a document.
 
     Columns: pack, begin (in the store's tokens), length, labels (the tokens of it that a next-token loss counts).
     documents: int64 [m], ascending. Plain documents longer than a block are cut into blocks and a rest; rows are cut
-    off at the block, since a rest would have lost its prompt. Pieces without a label are left out, hence every piece
-    has at least two tokens.
+    off at the block (keep_end: they lose their beginning), since a rest would have lost its prompt. Pieces without a
+    label are left out, hence every piece has at least two tokens.
     """
-    lengths, begins = store.lengths[documents], np.asarray(store.offsets)[documents]
     if store.is_rows:
-        lengths = np.minimum(lengths, block_size)
+        begins, lengths = cut_rows(store, documents, block_size, keep_end)
     else:
+        lengths, begins = store.lengths[documents], np.asarray(store.offsets)[documents]
         counts = -(-lengths // block_size)
         part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         lengths = np.minimum(np.repeat(lengths, counts) - part * block_size, block_size)

@@ -13,6 +13,7 @@ from dstrain.planner.tracing import Activations
 # the 58 cases of benchmarks/results/{prediction,cpu}_2cpu_* ask for.
 SUSTAINED_ON_CPU = 1.15
 
+
 @dataclass(frozen=True)
 class Work:
     """What one step asks of the busiest rank. flops of matrix products; traffic in bytes of the other operators of the

@@ -143,18 +143,19 @@ def test_packed_rows_learn_completions_only():
     assert (samples.num_cut, samples.num_without_loss) == (1, 0)
 
 
-@given(documents_of, st.integers(2, 25), st.booleans(), st.data())
-def test_labels_are_what_carries_loss(lengths, block_size, packing, data):
+@given(documents_of, st.integers(2, 25), st.booleans(), st.booleans(), st.data())
+def test_labels_are_what_carries_loss(lengths, block_size, packing, keep_end, data):
     """Of any mask: in each row the tokens that carry loss, but for its first; rows without are left out."""
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths))))
     store = store_of(lengths, carries_loss=mask)
     chosen = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
     if packing:
-        samples = PackedSamples(store, pack_documents(store, chosen, block_size), block_size, len(chosen))
+        samples = PackedSamples(store, pack_documents(store, chosen, block_size, keep_end), block_size, len(chosen))
     else:
-        samples = RowSamples(store, chosen, block_size)
+        samples = RowSamples(store, chosen, block_size, keep_end)
     check_counts(samples)
-    rows = [range(store.offsets[d], min(store.offsets[d + 1], store.offsets[d] + block_size)) for d in chosen]
+    rows = [range(store.offsets[d], store.offsets[d + 1]) for d in chosen]
+    rows = [row[-block_size:] if keep_end else row[:block_size] for row in rows]
     expected = [[t for t in row[1:] if mask[t]] for row in rows]
     labels = [samples[i]["labels"] for i in range(len(samples))]
     assert sorted(t for row in labels for t in row[row != IGNORE]) == sorted(t for row in expected for t in row)

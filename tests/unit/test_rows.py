@@ -317,8 +317,13 @@ def test_rows_longer_than_the_block(tmp_path):
     assert skip.facts["skipped_rows"] == skip.facts["skipped_validation_rows"] == found
     assert (skip.facts["num_cut_rows"], skip.facts["num_rows_without_loss"], len(skip.train)) == (0, 0, 2)
     assert skip.samples_sha256 != cut.samples_sha256
-    packed = build(tmp_path, packing=True, **flags)
-    assert (packed.facts["num_cut_rows"], packed.facts["num_rows_without_loss"]) == (1, 1)
+    for packing in (False, True):
+        packed = build(tmp_path, packing=packing, **flags)
+        assert (packed.facts["num_cut_rows"], packed.facts["num_rows_without_loss"]) == (1, 1)
+        ends = build(tmp_path, packing=packing, long_rows="cut_start", **flags)
+        assert (ends.facts["num_cut_rows"], ends.facts["num_rows_without_loss"]) == (2, 0)
+        assert ends.num_label_tokens == 4 * 21  # every completion whole, and its end of text
+        assert ends.samples_sha256 != packed.samples_sha256
     with pytest.raises(
         UserError, match=r"a block of 64 tokens: 2, the first at .*a\.jsonl:2 with 71: raise --block_size"
     ):
