@@ -111,6 +111,8 @@ class RunArguments:
     label_smoothing_factor: float = flag(
         "part of each target that is spread over the vocabulary; held-out losses are without", 0.0, minimum=0.0
     )
+    sample_steps: int | None = flag("let the model write a text at multiples of this step", minimum=1)
+    sample_prompt: str | None = flag("what these texts continue (default: the beginning of a held-out sample)")
     save_steps: int = flag("save at multiples of this step (0: only at the end)", 500, minimum=0)
     save_total_limit: int | None = flag("keep this many checkpoints", minimum=1)
     ignore_full_disk: bool = flag("go on without a checkpoint that finds no room on the disk (not the last)", False)

@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("dstrain.launch.cli", "start a run under a supervisor that restarts it"),
     "postmortem": ("dstrain.resilience.postmortem", "explain in a page why a run ended"),
     "checkpoint": ("dstrain.checkpoint.cli", "verify, list, show or convert checkpoints"),
+    "evaluate": ("dstrain.evaluate.cli", "figures of a model on a task: perplexity, labels, generated texts"),
+    "generate": ("dstrain.generate.cli", "text from a checkpoint or a model folder, or a chat with it"),
     "export": ("dstrain.checkpoint.export", "write a checkpoint as a Hugging Face folder"),
 }
 

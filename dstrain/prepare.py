@@ -57,6 +57,7 @@ def read_configuration(args: Arguments) -> Configuration:
             source=str(path),
             gradient_checkpointing=args.model.gradient_checkpointing,
             compile=args.model.compile is not None,
+            samples=run.sample_steps is not None,
         )
         try:
             resolved = resolve_config(

@@ -198,17 +198,32 @@ class Run:
             self.monitor.event(step, "export", str(target))
         distributed.barrier()
 
+    def sample_is_due(self, step: int) -> bool:
+        return self.args.run.sample_steps is not None and step % self.args.run.sample_steps == 0
+
+    def _sample(self) -> tuple[str, str]:
+        """A prompt and what the model writes behind it. A collective."""
+        from dstrain.generate.sample import prompt_to_sample, sample_text
+
+        samples = self.data.validation or self.data.train
+        prompt_ids = prompt_to_sample(self.tokenizer, samples, self.args.run.sample_prompt)
+        return sample_text(self.engine, self.tokenizer, prompt_ids, seed=self.args.run.seed)
+
+    def sample(self, step: int) -> None:
+        """What the model writes now, as an event. A collective."""
+        prompt, text = self._sample()
+        self.monitor.event(step, "sample", f"continuing {prompt!r}: {text!r}")
+        self.safety.beat("step", step)
+
     def show_results(self) -> None:
         """The loss curve and a sample of generated text, on the screen and for the report. A collective."""
-        from dstrain.generate import sample_text
-        from dstrain.monitor.logs import screen
+        from dstrain.monitor.logs import printable, screen
         from dstrain.monitor.metrics import read_metrics
         from dstrain.monitor.progress import render_loss_curve
 
         sampled = self.resolved.parallel.pp_size == 1  # a stage alone cannot generate
         if sampled:
-            samples = self.data.validation or self.data.train
-            prompt, text = sample_text(self.engine, self.tokenizer, samples, seed=self.args.run.seed)
+            prompt, text = self._sample()
         if self.launch.is_main:
             lines = read_metrics(self.folder.path)
             points = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
@@ -216,9 +231,7 @@ class Run:
                 print(render_loss_curve(points), file=screen())
             if sampled:
                 self.folder.update(sample={"prompt": prompt, "text": text})
-                # A young model may write control characters, which a terminal would obey.
-                shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-                print(f"A sample, continuing {prompt!r}:\n{shown}", file=screen())
+                print(f"A sample, continuing {prompt!r}:\n{printable(text)}", file=screen())
 
     def _energy_kwh(self) -> float | None:
         """Of all meters of all hosts, since this start; None without a meter. A collective."""

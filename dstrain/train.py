@@ -45,6 +45,8 @@ def train(run: Run) -> ExitCode:
         run.startup.first_step_done(run.folder)
         if run.eval_is_due(state):
             run.evaluate(state.step)
+        if run.sample_is_due(state.step):
+            run.sample(state.step)
         if run.save_is_due(state.step):
             run.save_on_the_way(state)
         run.note_saves()

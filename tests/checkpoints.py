@@ -98,3 +98,38 @@ def state_files(folder: Path, step: int = STEPS) -> dict[str, str]:
     """Name -> sha256 of what a checkpoint holds of weights, moments, counters and random states."""
     manifest = json.loads((folder / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
     return {name: facts["sha256"] for name, facts in manifest["files"].items()}
+
+
+def written_by_two_ranks(folder: Path, model: Any, step: int = 3, dtype: str = "float32", **more: Any) -> Path:
+    """A checkpoint of `model` as two data-parallel ranks would have written it; more: for its manifest."""
+    from dstrain.checkpoint import manifest as mf
+    from dstrain.checkpoint.export import model_files
+    from dstrain.checkpoint.files import Entry, Key, write_bytes, write_rank
+    from dstrain.data.tokenization import build_tokenizer
+
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    files: dict[str, Any] = {}
+    for rank in range(2):
+        entries, shapes = [], {}
+        for name, parameter in model.named_parameters():
+            flat = parameter.detach().float().reshape(-1)
+            half = flat[: len(flat) // 2] if rank == 0 else flat[len(flat) // 2 :]
+            entries.append(
+                Entry(
+                    str(Key("weight", name, 0 if rank == 0 else len(flat) // 2)),
+                    half.dtype,
+                    tuple(half.shape),
+                    lambda half=half: half.contiguous(),
+                )
+            )
+            shapes[name] = tuple(parameter.shape)
+        facts = {"shapes": shapes, "scalars": {}, "random": None}
+        files.update({name: vars(file) for name, file in write_rank(path, rank, entries, facts).items()})
+    (path / "model").mkdir()
+    for name, data in model_files(model, build_tokenizer("bytes")).items():
+        files[f"model/{name}"] = vars(write_bytes(path / "model" / name, data))
+    layout = {"dtype": dtype, "world_size": 2}
+    contents = {"step": step, "samples_consumed": 12, "extra": {}, "files": files, "layout": layout}
+    mf.write_manifest(path, {**contents, "engine": {"optimizer": "FusedAdam"}, **more})
+    return path

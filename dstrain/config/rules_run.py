@@ -85,6 +85,14 @@ def compile_block(case: Case) -> Iterator[str]:
         yield "compile.deepcompile needs CUDA: leave it out on a CPU"
 
 
+def samples_on_the_way(case: Case) -> Iterator[str]:
+    if case.facts.samples and case.pipeline:
+        yield (
+            "--sample_steps needs the whole model on each rank, and pipeline.stages divides it: leave it out; "
+            "`dstrain generate` writes texts from a checkpoint"
+        )
+
+
 def schedule_params(case: Case) -> Iterator[Repair]:
     if case.get("scheduler.type") and not isinstance(case.get("scheduler.params"), dict):
         yield Repair("scheduler.params", {}, "derived: DeepSpeed fails on a schedule without params")
@@ -144,6 +152,7 @@ RULES: tuple[Rule, ...] = (
     engine_owns_the_step,
     checkpointing_block,
     compile_block,
+    samples_on_the_way,
     schedule_params,
     one_learning_rate,
     one_momentum,

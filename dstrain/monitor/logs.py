@@ -23,6 +23,11 @@ def screen() -> TextIO:
     return _active.screen if _active is not None else sys.stdout
 
 
+def printable(text: str) -> str:
+    """Without control characters: a young model may write some, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 class QuietOutput:
     """From `start` to `restore`, what Python code prints and warns goes to a file, and so does what C++ code and child
     processes write to file descriptor 1. `screen` still reaches the person.

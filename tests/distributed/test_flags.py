@@ -35,6 +35,18 @@ def test_profile_is_a_trace_of_a_few_steps(one_rank, tmp_path, config):
     assert per_step["send" if "pipeline" in config else "all_reduce"]["bytes"] > 0
 
 
+def test_samples_on_the_way(one_rank, tmp_path):
+    """Texts in metrics.jsonl, from partitioned parameters and with draws; none of it changes a number."""
+    flags = ("--sample_steps", "2", "--sample_prompt", "def main")
+    found = run(tmp_path, LLAMA, SGD | zero(3), *flags, ranks=2)
+    found.assert_equals(one_rank(LLAMA, SGD))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    samples = [line for line in lines if line.get("name") == "sample"]
+    steps = max(line["step"] for line in lines)
+    assert [line["step"] for line in samples] == list(range(2, steps + 1, 2))
+    assert all(line["text"].startswith("continuing 'def main': ") for line in samples)
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_checkpointed_activations(one_rank, tmp_path, stage):
     run(tmp_path, LLAMA, SGD | zero(stage), "--gradient_checkpointing", ranks=2).assert_equals(one_rank(LLAMA, SGD))

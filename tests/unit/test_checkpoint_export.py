@@ -7,11 +7,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dstrain.checkpoint import manifest as mf
-from dstrain.checkpoint.export import export, find_checkpoint, model_files, parse_size
-from dstrain.checkpoint.files import Entry, Key, write_bytes, write_rank
-from dstrain.data.tokenization import build_tokenizer
+from dstrain.checkpoint.export import export, find_checkpoint, parse_size
 from dstrain.errors import UserError
+from tests.checkpoints import written_by_two_ranks
 
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
 _WIDE = {**_SMALL, "intermediate_size": 32, "num_key_value_heads": 1}
@@ -31,40 +29,10 @@ def _model(name):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name.removesuffix("_tied"), **MODELS[name])).eval()
 
 
-def _checkpoint(folder, model, step=3, dtype="float32"):
-    """As two data-parallel ranks would have written it."""
-    path = folder / "checkpoints" / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    files = {}
-    for rank in range(2):
-        entries, shapes = [], {}
-        for name, parameter in model.named_parameters():
-            flat = parameter.detach().float().reshape(-1)
-            half = flat[: len(flat) // 2] if rank == 0 else flat[len(flat) // 2 :]
-            entries.append(
-                Entry(
-                    str(Key("weight", name, 0 if rank == 0 else len(flat) // 2)),
-                    half.dtype,
-                    tuple(half.shape),
-                    lambda half=half: half.contiguous(),
-                )
-            )
-            shapes[name] = tuple(parameter.shape)
-        facts = {"shapes": shapes, "scalars": {}, "random": None}
-        files.update({name: vars(file) for name, file in write_rank(path, rank, entries, facts).items()})
-    (path / "model").mkdir()
-    for name, data in model_files(model, build_tokenizer("bytes")).items():
-        files[f"model/{name}"] = vars(write_bytes(path / "model" / name, data))
-    layout = {"dtype": dtype, "world_size": 2}
-    contents = {"step": step, "samples_consumed": 12, "extra": {}, "files": files, "layout": layout}
-    mf.write_manifest(path, {**contents, "engine": {"optimizer": "FusedAdam"}})
-    return path
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_model(name, tmp_path):
     model = _model(name)
-    out = export(_checkpoint(tmp_path, model), tmp_path / "out", max_shard_bytes=20_000)
+    out = export(written_by_two_ranks(tmp_path, model), tmp_path / "out", max_shard_bytes=20_000)
     again, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -78,14 +46,14 @@ def test_logits_are_those_of_the_model(name, tmp_path):
 
 
 def test_the_weights_keep_the_type_of_training_unless_asked(tmp_path):
-    path = _checkpoint(tmp_path, _model("llama"), dtype="bfloat16")
+    path = written_by_two_ranks(tmp_path, _model("llama"), dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(export(path, tmp_path / "a")).dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(export(path, tmp_path / "b", dtype="fp32")).dtype == torch.float32
     assert (tmp_path / "a" / "model.safetensors").exists()
 
 
 def test_the_card_has_the_numbers_of_the_run(tmp_path):
-    path = _checkpoint(tmp_path, _model("llama"))
+    path = written_by_two_ranks(tmp_path, _model("llama"))
     lines = [
         {"kind": "train", "step": 3, "loss": 1.5, "tokens_total": 99},
         {"kind": "train", "step": 2, "loss": 2.5, "tokens_total": 66},
@@ -119,7 +87,7 @@ def test_the_card_has_the_numbers_of_the_run(tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
-    path = _checkpoint(tmp_path, _model("llama"))
+    path = written_by_two_ranks(tmp_path, _model("llama"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     with pytest.raises(UserError, match="not an empty folder"):

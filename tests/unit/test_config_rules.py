@@ -162,7 +162,7 @@ def test_refused(changes, words):
         assert ": " in problem.split(": ", 1)[1], f"no fix in {problem!r}"
 
 
-ON_CPU = RunFacts(device="cpu", device_supports_fp16=False, device_supports_bf16=True, has_libaio=False)
+ON_CPU = RunFacts(device="cpu", device_supports_fp16=False, device_supports_bf16=True, has_libaio=False, samples=True)
 NVME = {STAGE: 3, OFFLOAD: "nvme", "zero_optimization.offload_optimizer.nvme_path": "/x"}
 REFUSED_ON_A_CPU = [
     (FP16, "fp16 is not supported by this CPU"),
@@ -172,6 +172,7 @@ REFUSED_ON_A_CPU = [
     ({**NVME, "aio.use_gds": True}, "needs a CUDA device"),
     ({STAGE: 3, "zero_optimization.zero_quantized_weights": True}, "needs CUDA kernels"),
     ({"compile.deepcompile": True}, "needs CUDA"),
+    ({"pipeline.stages": 2, STAGE: 1}, "--sample_steps needs the whole model on each rank"),
 ]
 
 

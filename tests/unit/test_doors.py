@@ -22,7 +22,9 @@ LEVELS = {
     **dict.fromkeys(["models", "data"], 4),
     "engine": 5,
     "monitor": 5.5,  # what the others of this floor write and read
-    **dict.fromkeys(["checkpoint", "resilience", "planner", "evaluate", "generate"], 6),
+    **dict.fromkeys(["checkpoint", "resilience", "planner"], 6),
+    "generate": 6.2,  # reads checkpoints
+    "evaluate": 6.4,  # lets models write
     "launch": 6.5,  # reads what a run left behind
     **dict.fromkeys(["run_folder", "plain", "best"], 6),
     **dict.fromkeys(["run", "verify"], 7),
