@@ -72,27 +72,27 @@ def _show(result: dict[str, Any]) -> None:
 
     console = Console(file=screen(), highlight=False)
     metrics, settings = result["metrics"], result["settings"]
-    title = f"{result['model']}: {result['task']}"
+    console.print(f"{result['model']}: {result['task']}", markup=False, soft_wrap=True)
     if "by_label" in metrics:
         metrics = {name: value for name, value in metrics.items() if name not in ("by_label", "confusion_matrix")}
-        console.print(_table(title, metrics))
+        console.print(_table(metrics))
         console.print(_confusion(result["metrics"], settings["labels"]))
     elif result["task"].startswith("lm_eval"):
-        for task, figures in metrics.items():
-            console.print(_table(f"{result['model']}: {task}", figures))
+        for figures in metrics.values():
+            console.print(_table(figures))
     else:
-        console.print(_table(title, metrics))
+        console.print(_table(metrics))
     told = ("num_rows", "num_samples", "tokens", "num_cut", "max_length", "num_not_ended")
     notes = [f"{name} {settings[name]}" for name in told if settings.get(name) is not None]
     notes += [f"{name}: {text}" for name, text in settings.get("signatures", {}).items()]
-    console.print("\n".join([*notes, f"{result['seconds']:.1f} s"]), markup=False)
+    console.print("\n".join([*notes, f"{result['seconds']:.1f} s"]), markup=False, soft_wrap=True)
 
 
-def _table(title: str, figures: dict[str, Any]) -> Any:
+def _table(figures: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in figures.items():
