@@ -88,6 +88,8 @@ def load(
 def _find(name: str) -> Path | None:
     """The checkpoint that is meant; None: a Hugging Face folder or a hub name. Raises UserError."""
     folder = Path(name)
+    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"{name}: there is no such folder: name a run, a checkpoint, a model folder or a hub name")
     if not folder.is_dir() or (folder / "config.json").is_file():
         return None
     try:
