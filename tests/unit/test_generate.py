@@ -1,15 +1,21 @@
 """`dstrain generate`: greedy text against a plain loop, the terminal, files and conversations."""
 
+import contextlib
 import io
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from dstrain import cli
+from dstrain.data.tokenization import build_tokenizer
 from dstrain.errors import UserError
 from dstrain.generate.decoding import Decoding
 from dstrain.generate.model import load
 from dstrain.generate.prompts import fit_prompts
+from dstrain.generate.sample import prompt_to_sample, sample_text
 from dstrain.generate.terminal import Conversation
 from dstrain.generate.text import batches_by_length, continue_prompts
 from tests import tiny_model
@@ -140,3 +146,21 @@ def test_refusals(folder, flags, words, capfd):
 def test_a_chat_without_a_template_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
         Conversation(load(str(tiny_model.save(tmp_path))), Decoding(4), io.StringIO())
+
+
+def test_a_sample_while_training_leaves_the_random_state(folder):
+    model = load(str(folder)).model
+    sequence = SimpleNamespace(whole=contextlib.nullcontext)
+    engine = SimpleNamespace(deepspeed=SimpleNamespace(module=model), device=model.device, sequence=sequence)
+    tokenizer = build_tokenizer("bytes")
+    prompt = prompt_to_sample(tokenizer, None, "Once")
+    before = torch.get_rng_state()
+    first, again, other = (sample_text(engine, tokenizer, prompt, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == again != other
+    assert first[0] == "Once"
+    long, text = sample_text(engine, tokenizer, list(b"x" * 100), seed=1)
+    assert long == "x" * (POSITIONS // 2)
+    assert text
+    held_out = [{"input_ids": np.arange(40, 80)}]
+    assert prompt_to_sample(tokenizer, held_out, None) == list(range(40, 56))
