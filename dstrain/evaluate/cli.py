@@ -10,26 +10,33 @@ A table for a person; the last line of standard output is JSON. docs/evaluation.
 """
 
 import argparse
-import dataclasses
 import re
 import time
-from collections.abc import Iterator
 
-from dstrain.arguments import DataArguments, parse_arguments
 from dstrain.errors import ExitCode, UserError
 from dstrain.evaluate.metrics import TEXT_METRICS, require
-from dstrain.generate.cli import add_model_arguments, check_output, load_named
 from dstrain.generate.decoding import Decoding
+from dstrain.generate.flags import (
+    add_model_arguments,
+    add_row_flags,
+    check_output,
+    load_named,
+    row_arguments,
+    row_flags,
+)
 from dstrain.parallel import Launch
 
 TASKS = ("perplexity", "classification", "generation", "lm_eval")
+# As training's own evaluation takes its samples.
+OF_SAMPLES = ("block_size", "packing", "long_rows", "train_on_prompts")
 # Flag -> the tasks that read it; with any other it would do nothing, and is refused.
 FOR_TASKS = {
     "data_file": TASKS[:3],
     "predictions": ("classification", "generation"),
     "max_length": ("classification", "generation"),
     "truncation_side": ("classification", "generation"),
-    "block_size": ("perplexity",),
+    **dict.fromkeys(OF_SAMPLES, ("perplexity",)),
+    **dict.fromkeys(row_flags(), TASKS[:3]),
     "labels": ("classification",),
     "positive_label": ("classification",),
     "length_normalized": ("classification",),
@@ -41,19 +48,6 @@ FOR_TASKS = {
 }
 
 
-def row_flags() -> Iterator[dataclasses.Field]:
-    """The flags of train.py that say how a row of a file is read."""
-    for f in dataclasses.fields(DataArguments):
-        if f.name.endswith(("_column", "_template")) or f.name == "block_size":
-            yield f
-
-
-def row_arguments(args: argparse.Namespace) -> DataArguments:
-    """Their values, through train.py's own parser. Raises UserError."""
-    given = {f.name: getattr(args, f.name) for f in row_flags()}
-    return parse_arguments([f"--{name}={value}" for name, value in given.items() if value is not None]).data
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--task", required=True, help="perplexity, classification, generation or lm_eval:NAME,...")
@@ -62,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="a file for the JSON")
     data = parser.add_argument_group("the data")
     data.add_argument("--data_file", action="append", help="as --train_file of train.py; repeatable")
-    for f in row_flags():
-        data.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%"))
+    add_row_flags(data, OF_SAMPLES)
     rows = parser.add_argument_group("rows of a prompt and a completion (classification, generation)")
     rows.add_argument("--predictions", help="a file for JSON lines, one a row")
     rows.add_argument(
@@ -131,7 +124,7 @@ def _check(args: argparse.Namespace) -> str:
     for check in (
         lambda: check_output("--output", args.output),
         lambda: check_output("--predictions", args.predictions),
-        lambda: row_arguments(args),
+        lambda: row_arguments(args, OF_SAMPLES),
         lambda: _check_task(args, task),
     ):
         try:

@@ -64,6 +64,6 @@ def measure_perplexity(
 def _bits_per_byte(loss: float, store: Any) -> float | None:
     """Bits of a UTF-8 byte of plain text: (tokens of the text / its bytes) x loss / ln 2 (The Pile, Gao et al. 2020,
     section 3.1). None for rows of prompt and completion, whose loss is not that of the text."""
-    if store.completions is not None:
+    if store.is_rows:
         return None
     return store.facts["num_tokens"] / store.facts["num_bytes"] * loss / math.log(2)

@@ -84,6 +84,7 @@ def _show(result: dict[str, Any]) -> None:
         console.print(_table(metrics))
     told = ("num_rows", "num_samples", "tokens", "num_cut", "max_length", "num_not_ended")
     notes = [f"{name} {settings[name]}" for name in told if settings.get(name) is not None]
+    notes += [f"{kind} rows left out: {found['rows']}" for kind, found in settings.get("skipped_rows", {}).items()]
     notes += [f"{name}: {text}" for name, text in settings.get("signatures", {}).items()]
     console.print("\n".join([*notes, f"{result['seconds']:.1f} s"]), markup=False, soft_wrap=True)
 

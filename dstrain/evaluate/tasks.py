@@ -2,17 +2,18 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dstrain.errors import UserError
 from dstrain.evaluate.classification import choose, encode_labels, find_labels, score_rows
-from dstrain.evaluate.cli import decoding_of, metrics_of, row_arguments
+from dstrain.evaluate.cli import OF_SAMPLES, decoding_of, metrics_of
 from dstrain.evaluate.metrics import classification_metrics, text_metrics
 from dstrain.evaluate.perplexity import measure_perplexity
 from dstrain.evaluate.ranks import over_ranks
+from dstrain.generate.flags import row_arguments
 from dstrain.generate.model import LoadedModel
-from dstrain.generate.prompts import fit_prompts, read_documents, room_for_prompts
+from dstrain.generate.prompts import fit_prompts, read_prompts, room_for_prompts
 from dstrain.generate.text import batches_by_length, continue_prompts
 from dstrain.parallel import Launch
 
@@ -28,47 +29,54 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Rows:
-    """prompts: their tokens, cut where they were too long."""
+    """texts and answers as the rows have them; prompts: tokens, cut where they were too long."""
 
-    completions: list[str]
     texts: list[str]
+    answers: list[str]
+    whole: list[list[int]]
     prompts: list[list[int]]
-    cut: list[bool]
     settings: dict[str, Any]
 
+    def is_cut(self, row: int) -> bool:
+        return len(self.prompts[row]) < len(self.whole[row])
 
-def _read_pairs(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Prompts and completions of all rows. Raises UserError."""
-    rows = read_documents(args.data_file, "--data_file", row_arguments(args), args.max_eval_samples)
-    if plain := next((i for i, row in enumerate(rows, 1) if len(row) != 2), None):
+    def fitted(self, args: argparse.Namespace, loaded: LoadedModel, answer_tokens: int) -> "_Rows":
+        """With prompts that leave room for answers of so many tokens. Raises UserError."""
+        max_length, side = args.max_length or loaded.max_length, args.truncation_side or "left"
+        if args.max_length and loaded.positions and args.max_length > loaded.positions:
+            raise UserError(f"--max_length is {args.max_length}, the model has {loaded.positions} positions")
+        if max_length is None:
+            return self
+        rows = replace(self, prompts=fit_prompts(self.whole, room_for_prompts(max_length, answer_tokens), side))
+        num_cut = sum(rows.is_cut(i) for i in range(len(rows.whole)))
+        return replace(rows, settings=self.settings | {"num_cut": num_cut, "max_length": max_length})
+
+
+def _read_rows(args: argparse.Namespace, loaded: LoadedModel) -> _Rows:
+    """Rows of a prompt and an answer. Raises UserError."""
+    found = read_prompts(args.data_file, "--data_file", row_arguments(args), loaded, args.max_eval_samples)
+    if plain := next((i for i, prompt in enumerate(found.prompts, 1) if prompt.answer is None), None):
         raise UserError(
             f"row {plain} of --data_file is plain text, and --task {args.task} needs a prompt and a completion: "
-            "name the columns prompt and completion"
+            "name the columns prompt and completion, or see --prompt_column and --prompt_template"
         )
-    return [row[0] for row in rows], [row[-1] for row in rows]
-
-
-def _fit(
-    args: argparse.Namespace, loaded: LoadedModel, texts: list[str], completions: list[str], answer_tokens: int
-) -> _Rows:
-    """Rows whose prompts leave room for answers of so many tokens."""
-    max_length = args.max_length or loaded.max_length
-    if args.max_length and loaded.positions and args.max_length > loaded.positions:
-        raise UserError(f"--max_length is {args.max_length}, the model has {loaded.positions} positions")
-    whole = prompts = loaded.encode_prompts(texts)
-    side = args.truncation_side or "left"
-    if max_length is not None:
-        prompts = fit_prompts(whole, room_for_prompts(max_length, answer_tokens), side)
-    cut = [len(a) < len(b) for a, b in zip(prompts, whole, strict=True)]
-    settings = {"num_rows": len(texts), "num_cut": sum(cut), "max_length": max_length, "truncation_side": side}
-    return _Rows(completions, texts, prompts, cut, settings)
+    ids = [prompt.ids for prompt in found.prompts]
+    settings = {
+        "num_rows": len(ids),
+        "skipped_rows": found.skipped_rows,
+        "num_cut": 0,
+        "max_length": None,
+        "truncation_side": args.truncation_side or "left",
+    }
+    answers = [str(prompt.answer) for prompt in found.prompts]
+    return _Rows([prompt.text for prompt in found.prompts], answers, ids, ids, settings)
 
 
 def _perplexity(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -> Outcome:
     found = measure_perplexity(
         loaded,
         args.data_file,
-        row_arguments(args),
+        row_arguments(args, OF_SAMPLES),
         limit=args.max_eval_samples,
         batch_size=args.batch_size,
         launch=launch,
@@ -78,12 +86,13 @@ def _perplexity(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -
 
 
 def _classification(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -> Outcome:
-    texts, golds = _read_pairs(args)
+    rows = _read_rows(args, loaded)
+    golds = rows.answers
     labels = encode_labels(loaded, find_labels(args.labels or [], golds))
     positive = args.positive_label or labels.texts[-1]
     if positive not in labels.texts:
         raise UserError(f"--positive_label {positive!r} is none of the labels {', '.join(map(repr, labels.texts))}")
-    rows = _fit(args, loaded, texts, golds, labels.longest)
+    rows = rows.fitted(args, loaded, labels.longest)
     scores = score_rows(loaded, rows.prompts, labels, batch_size=args.batch_size, launch=launch)
     chosen = choose(scores, labels, length_normalized=args.length_normalized)
     lines = [
@@ -93,7 +102,7 @@ def _classification(args: argparse.Namespace, loaded: LoadedModel, launch: Launc
             "predicted": chosen[i],
             "log_likelihoods": dict(zip(labels.texts, scores[i], strict=True)),
             "prompt_tokens": len(rows.prompts[i]),
-            "prompt_cut": rows.cut[i],
+            "prompt_cut": rows.is_cut(i),
         }
         for i in range(len(golds))
     ]
@@ -111,8 +120,7 @@ def _generation(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -
     decoding = decoding_of(args)
     if args.max_new_tokens is None:
         decoding = decoding.at_most_half(args.max_length or loaded.max_length)
-    texts, references = _read_pairs(args)
-    rows = _fit(args, loaded, texts, references, decoding.max_new_tokens)
+    rows = _read_rows(args, loaded).fitted(args, loaded, decoding.max_new_tokens)
 
     def answers(batch: list[int]) -> Sequence[list[int]]:
         return continue_prompts(loaded, [rows.prompts[i] for i in batch], decoding)
@@ -120,17 +128,17 @@ def _generation(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -
     batches = batches_by_length([len(prompt) for prompt in rows.prompts], args.batch_size)
     ids = over_ranks(batches, answers, launch)
     predictions = [loaded.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    figures, signatures = text_metrics(predictions, references, metrics_of(args), args.answer_regex)
+    figures, signatures = text_metrics(predictions, rows.answers, metrics_of(args), args.answer_regex)
     lines = [
         {
             "row": i + 1,
-            "prompt": texts[i],
-            "reference": references[i],
+            "prompt": rows.texts[i],
+            "reference": rows.answers[i],
             "prediction": predictions[i],
             "tokens": len(ids[i]),
-            "prompt_cut": rows.cut[i],
+            "prompt_cut": rows.is_cut(i),
         }
-        for i in range(len(texts))
+        for i in range(len(ids))
     ]
     settings = {
         **rows.settings,

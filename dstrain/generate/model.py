@@ -1,16 +1,20 @@
 """A model to ask: of a run folder, a checkpoint of any layout, a Hugging Face folder or the hub."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dstrain import distributed
 from dstrain.arguments import ModelArguments
 from dstrain.checkpoint.export import DTYPES, export, find_checkpoint
 from dstrain.checkpoint.manifest import read_manifest
+from dstrain.data.chats import ChatRenderer
 from dstrain.data.tokenization import TextEncoder, build_tokenizer, num_token_ids
 from dstrain.errors import UserError
 from dstrain.models.build import build_model
@@ -47,10 +51,17 @@ class LoadedModel:
         """The tokens that a prompt and its answer may have: those of a sample of its training, else its positions."""
         return self.block_size or self.positions
 
-    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each prompt as in training: behind the tokens that begin a document. Never empty."""
+    @cached_property
+    def chats(self) -> ChatRenderer:
+        return ChatRenderer(self.encoder)
+
+    def encode_prompts(self, texts: list[str], are_chats: Sequence[bool] | None = None) -> list[list[int]]:
+        """Ids of each prompt as in training: behind the tokens that begin a document, which a chat template writes
+        itself. Never empty."""
         prefix = self.encoder.affixes[0].tolist()
-        rows = [[*prefix, *ids.tolist()] for ids in self.encoder.encode(texts)]
+        rows = [ids.tolist() for ids in self.encoder.encode(texts)]
+        are_chats = are_chats or [False] * len(rows)
+        rows = [row if is_chat else [*prefix, *row] for row, is_chat in zip(rows, are_chats, strict=True)]
         return [row or self.stop_ids[:1] or [0] for row in rows]  # behind the end of the document before
 
 
@@ -58,6 +69,7 @@ def load(
     name: str,
     *,
     tokenizer_name: str | None = None,
+    chat_template: str | None = None,
     attn_implementation: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -70,6 +82,7 @@ def load(
     margs = ModelArguments(
         model_name_or_path=name,
         tokenizer_name=tokenizer_name,
+        chat_template=chat_template,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
@@ -118,7 +131,7 @@ def _export_on_host(checkpoint: Path, out: Path) -> str:
 def _load(margs: ModelArguments, dtype: str | None, source: str, block_size: int | None) -> LoadedModel:
     config = load_model_config(margs)
     name = margs.tokenizer_name or str(margs.model_name_or_path)
-    tokenizer = build_tokenizer(name, margs.trust_remote_code)
+    tokenizer = build_tokenizer(name, margs.trust_remote_code, margs.chat_template)
     check_vocabulary(config, num_token_ids(tokenizer), name)
     stored = getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
     model = build_model(margs, config, seed=0, dtype=DTYPES[dtype] if dtype else stored, device=_device())
@@ -137,9 +150,23 @@ def _device() -> torch.device:
 
 
 def _stop_ids(of_model: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end of a text; its beginning, where documents are told apart by that (llama2.c's); and what the
-    model's authors name, if it is a special token: the default of a configuration class (2 for Llama) may be a word."""
+    """The tokenizer's end of a text; its beginning, where documents are told apart by that (llama2.c's); the end of a
+    turn of its chat template; and what the model's authors name. All of them only if they are special tokens: the
+    default of a configuration class (2 for Llama) may be a word."""
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     named = of_model if isinstance(of_model, list) else [of_model]
-    ids = [tokenizer.eos_token_id, tokenizer.bos_token_id, *(i for i in named if i in special)]
-    return list(dict.fromkeys(i for i in ids if i is not None))
+    ids = [tokenizer.eos_token_id, tokenizer.bos_token_id, *named, *_end_of_turn(tokenizer)]
+    return list(dict.fromkeys(i for i in ids if i in special))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first token that the chat template writes behind an answer."""
+    if not tokenizer.chat_template:
+        return []
+    answer = "qzq"  # in no template
+    turns = [{"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError:  # `ChatRenderer` tells it where a chat is asked for
+        return []
+    return tokenizer(text[text.rfind(answer) + len(answer) :], add_special_tokens=False)["input_ids"][:1]

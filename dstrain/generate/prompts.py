@@ -1,26 +1,63 @@
 """Prompts from files, and how one that is too long is cut."""
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from dstrain.arguments import DataArguments
-from dstrain.data.columns import Document
+from dstrain.data.columns import ColumnFlags
 from dstrain.data.files import read_file
+from dstrain.data.rows import BadRow, Chat, Document, SkippedRows
 from dstrain.data.sources import find_files
+from dstrain.data.templates import RowError
 from dstrain.errors import UserError
+from dstrain.generate.model import LoadedModel
 
 
-def read_documents(patterns: list[str], flag: str, dargs: DataArguments, limit: int | None = None) -> list[Document]:
+@dataclass(frozen=True)
+class Prompt:
+    """text: as the model reads it (of a chat, by the template); answer: what the row has behind it; None for a plain
+    text; ids: the text's tokens, as in training."""
+
+    text: str
+    answer: str | None
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """skipped_rows: kind -> how many were left out, and where the first of them are; empty rows always are."""
+
+    prompts: list[Prompt]
+    skipped_rows: dict[str, dict[str, Any]]
+
+
+def read_prompts(
+    patterns: list[str], flag: str, dargs: DataArguments, loaded: LoadedModel, limit: int | None = None
+) -> Prompts:
     """The rows of files, read as training reads them; at most `limit`. Raises UserError."""
-
-    def rows() -> Iterator[Document]:
-        for file in find_files(patterns, flag):
-            yield from read_file(file, dargs.text_column)
-
-    found = list(islice(rows(), limit))
+    skipped, found = SkippedRows(dargs.bad_rows), []
+    rows = (row for file in find_files(patterns, flag) for row in read_file(file, ColumnFlags.of(dargs)))
+    for row in skipped.accept(rows):
+        try:
+            found.append((*_read(row.document, loaded), isinstance(row.document, Chat)))
+        except RowError as error:
+            skipped.add(BadRow(row.where, error.kind, f"{row.where}{error}"))
+        if len(found) == limit:
+            break
     if not found:
-        raise UserError(f"{flag} {' '.join(patterns)} holds no row")
-    return found
+        raise UserError(f"{flag} {' '.join(patterns)} holds no row that can be used")
+    ids = loaded.encode_prompts([text for text, *_ in found], [is_chat for *_, is_chat in found])
+    return Prompts([Prompt(*row[:2], its_ids) for row, its_ids in zip(found, ids, strict=True)], skipped.kinds)
+
+
+def _read(document: Document, loaded: LoadedModel) -> tuple[str, str | None]:
+    """What the model sees before the (last) answer, and that answer. Raises RowError for a chat that is refused."""
+    if isinstance(document, Chat):
+        text, answers = loaded.chats.texts(document)[-1]
+        said = [message["content"] for message in document.messages if message["role"] == "assistant"]
+        return text[: answers[-1][0]], said[-1]
+    return document if len(document) == 2 else (document[0], None)
 
 
 def room_for_prompts(max_length: int, answer_tokens: int) -> int:

@@ -46,8 +46,8 @@ class Conversation:
     def __init__(self, loaded: LoadedModel, decoding: Decoding, out: TextIO):
         if not loaded.tokenizer.chat_template:
             raise UserError(
-                f"--chat: the tokenizer of {loaded.source} has no chat template: name one that has with "
-                "--tokenizer_name, or write --prompt"
+                f"--chat: the tokenizer of {loaded.source} has no chat template: give one with "
+                "--chat_template FILE, or write --prompt"
             )
         self._loaded, self._decoding, self._out = loaded, decoding, out
         self._messages: list[dict[str, str]] = []

@@ -186,6 +186,31 @@ def test_generation_metrics_are_of_the_greedy_texts(folder, reviews, evaluate, t
     assert found["settings"]["signatures"]["bleu"].startswith("nrefs:1")
 
 
+def test_rows_are_those_that_training_reads(folder, tmp_path, evaluate):
+    """Templates over columns and chats; what the model sees is what it saw before the answer."""
+    table = tmp_path / "table.jsonl"
+    rows = [{"text": text, "label": int(label == " good")} for text, label in REVIEWS]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"text": "x"}\n')
+    templates = ("--prompt_template", "{text}\\nSay:", "--completion_template", " {label:bad|good}")
+    flags = ("--task", "classification", "--bad_rows", "skip")
+    _, found = evaluate(folder, *flags, "--data_file", table, *templates, "--predictions", tmp_path / "a.jsonl")
+    assert list(found["settings"]["skipped_rows"].values()) == [{"rows": 1, "first": [f"{table}:5"]}]
+    chats = tmp_path / "chats.jsonl"
+    turns = [[{"role": "user", "content": t}, {"role": "assistant", "content": label.strip()}] for t, label in REVIEWS]
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    turn = "{{ m.content }}{{ '\\nSay: ' if m.role == 'user' else '!' }}"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    chat = ("--data_file", chats, "--chat_template", template)
+    evaluate(folder, *flags, *chat, "--predictions", tmp_path / "b.jsonl")
+    for name, space in (("a", ""), ("b", " ")):
+        scores = [json.loads(line)["log_likelihoods"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for (text, _), row in zip(REVIEWS, scores, strict=True):
+            prompt = list(f"{text}\nSay:{space}".encode())[-(POSITIONS - 5 + len(space)) :]
+            label = f"{'' if space else ' '}bad"
+            expected = tiny_model.log_likelihood(tiny_model.build(), prompt, list(label.encode()))
+            assert row[label] == pytest.approx(expected, rel=1e-5)
+
+
 def test_labels_that_cannot_be_told_apart_are_refused(folder):
     assert find_labels([], ["b", "a", "b"]) == ["a", "b"]
     for named, golds, words in (

@@ -13,7 +13,7 @@ from dstrain import cli
 from dstrain.data.tokenization import build_tokenizer
 from dstrain.errors import UserError
 from dstrain.generate.decoding import Decoding
-from dstrain.generate.model import load
+from dstrain.generate.model import _stop_ids, load
 from dstrain.generate.prompts import fit_prompts
 from dstrain.generate.sample import prompt_to_sample, sample_text
 from dstrain.generate.terminal import Conversation
@@ -58,6 +58,9 @@ def test_ends_are_special_tokens_only(folder):
     loaded = load(str(folder))
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
     assert loaded.stop_ids == [END]
+    tokenizer = build_tokenizer("bytes", chat_template="{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}")
+    tokenizer.split_special_tokens = False
+    assert _stop_ids([2, 5], tokenizer) == [END, END + 1]  # this template's end of a turn
     assert loaded.encode_prompts([""]) == [[END]]
 
 
@@ -127,7 +130,8 @@ def test_batches_hold_rows_of_similar_length():
     [
         ((), "write one of --prompt TEXT"),
         (("--prompt", "a", "--chat"), "write one of --prompt TEXT"),
-        (("--prompt", "a", "--output", "x"), "belong to --prompt_file"),
+        (("--prompt", "a", "--output", "x"), "--output belongs to --prompt_file"),
+        (("--prompt", "a", "--messages_column", "x"), "--messages_column belongs to --prompt_file"),
         (("--prompt", "a", "--temperature", "0"), "leave it out for greedy"),
         (("--prompt", "a", "--top_p", "1.5"), "at most 1"),
         (("--prompt", "a", "--top_k", "0"), "positive number of tokens"),
