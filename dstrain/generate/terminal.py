@@ -58,7 +58,10 @@ class Conversation:
         while True:
             self._say("> ", end="")
             line = lines.readline()
-            if not line or line.strip() == "/exit":
+            if not line:
+                self._say("")  # leaves the line that the end of the input stands in
+                return
+            if line.strip() == "/exit":
                 return
             if line.strip() == "/reset":
                 self._messages = []
