@@ -61,6 +61,9 @@ class DataArguments:
     train_file: list[str] = flag(
         "training text: file, folder or glob of text, JSON lines, CSV or parquet, also .gz or .zst; repeatable", []
     )
+    train_weight: list[float] = flag(
+        "share of the tokens of one --train_file, of any sum; one for each. --train_file mix.yaml can name both", []
+    )
     validation_file: list[str] = flag("held-out text, as --train_file; repeatable", [])
     text_column: str | None = flag("column that holds the text (default: `text`, or the only column of text)")
     prompt_column: str | None = flag("column of prompts, which carry no loss (default: `prompt`)")
@@ -77,6 +80,7 @@ class DataArguments:
     )
     max_train_samples: int | None = flag("read only this many training documents", minimum=1)
     streaming: bool = flag("read the training data while training instead of before", False)
+    shuffle_buffer: int | None = flag("blocks of a stream that are shuffled together (default: 1000)", minimum=1)
     block_size: int | None = flag("tokens read per sample (default: the model's positions, at most 1024)", minimum=2)
     packing: bool = flag("fill blocks with several whole documents that do not see each other", False)
 
@@ -256,7 +260,7 @@ def _read_file(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name a YAML or JSON file with flags") from None
-    values = _parse_json(path, text) if path.endswith(".json") else _parse_yaml(path, text)
+    values = _parse_json(path, text) if path.endswith(".json") else parse_yaml(path, text)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no table of flags: write lines such as `max_steps: 100`")
     return values
@@ -281,7 +285,8 @@ def _parse_json(path: str, text: str) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def _parse_yaml(path: str, text: str) -> Any:
+def parse_yaml(path: str, text: str) -> Any:
+    """The contents of a YAML text. Raises UserError that names `path`, also for a name that is given twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):

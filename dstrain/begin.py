@@ -45,6 +45,7 @@ def begin(run: Run, quiet: Any) -> None:
         run.monitor.event(run.state.step, name, text)
     if reason := run.engine.plain_loss_reason:
         run.monitor.event(run.state.step, "plain_loss", f"the loss is not fused into the head: {reason}")
+    run.begin_data(restored.extra if restored else {})
     run.loader = _build_loader(run)
     run.begin_safety()
     if restored:

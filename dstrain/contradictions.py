@@ -18,11 +18,12 @@ def contradictions(given: dict[str, Any]) -> list[str]:
             "--config_overrides changes a model trained from scratch: use it with --config_name, not with "
             "--model_name_or_path"
         )
-    if given.get("dataset_name") and given.get("train_file"):
-        problems.append("--dataset_name and --train_file are both given: keep one source of training data")
-    if given.get("dataset_config_name") and not given.get("dataset_name"):
-        problems.append("--dataset_config_name needs --dataset_name")
+    problems += _contradictory_sources(given)
     problems += _contradictory_rows(given)
+    if given.get("streaming"):
+        problems += _contradictory_stream(given)
+    elif given.get("shuffle_buffer"):
+        problems.append("--shuffle_buffer is for --streaming: other data are shuffled whole")
     if given.get("max_steps", -1) > 0 and "num_train_epochs" in given:
         problems.append("--max_steps and --num_train_epochs are both given, and the first would win: keep one")
     by_epoch, by_steps = given.get("eval_strategy") == "epoch", given.get("eval_steps") is not None
@@ -59,4 +60,42 @@ def _contradictory_rows(given: dict[str, Any]) -> list[str]:
     if has_prompt != has_completion:
         have, lack = _PARTS if has_prompt else _PARTS[::-1]
         problems.append(f"a {have} needs a {lack}: give --{lack}_column or --{lack}_template too")
+    return problems
+
+
+def _contradictory_sources(given: dict[str, Any]) -> list[str]:
+    weights, files = given.get("train_weight", []), given.get("train_file", [])
+    problems = []
+    if given.get("dataset_name") and files:
+        problems.append("--dataset_name and --train_file are both given: keep one source of training data")
+    if given.get("dataset_config_name") and not given.get("dataset_name"):
+        problems.append("--dataset_config_name needs --dataset_name")
+    problems += [f"--train_weight is {weight}: write a positive number" for weight in weights if weight <= 0]
+    if weights and len(weights) != len(files):
+        problems.append(
+            f"--train_weight is given {len(weights)} times and --train_file {len(files)} times: "
+            "write one weight for each file, in the same order"
+        )
+    return problems
+
+
+def _contradictory_stream(given: dict[str, Any]) -> list[str]:
+    problems = []
+    if given.get("max_steps", -1) <= 0:
+        problems.append("--streaming needs --max_steps: how long a stream is shows only at its end")
+    if given.get("eval_strategy") == "epoch":
+        problems.append("--eval_strategy epoch does not go with --streaming: write --eval_steps N")
+    if not given.get("train_file") and not given.get("dataset_name"):
+        problems.append("--streaming needs --train_file or --dataset_name: the built-in corpus is no stream")
+    mixed = [file for file in given.get("train_file", []) if file.lower().endswith((".yaml", ".yml"))]
+    if given.get("train_weight") or mixed:
+        problems.append("a mixture does not go with --streaming: leave one of them out")
+    names = [f"{part}_{way}" for part in _PARTS for way in ("column", "template")]
+    names += ["messages_column", "train_on_prompts", "packing"]
+    names += ["long_rows"] if given.get("long_rows", "cut") != "cut" else []
+    problems += [
+        f"--{name} does not go with --streaming, which cuts plain text into blocks: leave one of them out"
+        for name in names
+        if given.get(name)
+    ]
     return problems

@@ -138,9 +138,9 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
-    total_steps = _total_steps(run, len(data.train), resolved.global_batch)
+    total_steps = _total_steps(run, data.train, resolved.global_batch)
     resolved = swap.localize(resolved.with_total_steps(total_steps))
-    identity = _identity(config, data.samples_sha256, run.seed, block_size, resolved.global_batch)
+    identity = _identity(config, data.identity, run.seed, block_size, resolved.global_batch)
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
     if run.verify:
@@ -177,8 +177,9 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     )
 
 
-def _total_steps(run: RunArguments, num_samples: int, global_batch: int) -> int:
-    return run.max_steps if run.max_steps > 0 else math.ceil(run.num_train_epochs * num_samples / global_batch)
+def _total_steps(run: RunArguments, train: Any, global_batch: int) -> int:
+    """train: `Samples`; a stream has no length, and is refused without --max_steps."""
+    return run.max_steps if run.max_steps > 0 else math.ceil(run.num_train_epochs * len(train) / global_batch)
 
 
 def _build_checkpoints(
@@ -245,7 +246,7 @@ def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: i
     return build_model(args.model, config, zero3_config=zero3_config, **common)
 
 
-def _identity(config: Any, data: str, seed: int, block_size: int, global_batch: int) -> dict[str, Any]:
+def _identity(config: Any, data: Any, seed: int, block_size: int, global_batch: int) -> dict[str, Any]:
     """What makes a run this run: with any of it changed, going on would be another one."""
     from dstrain.models.config import model_identity
 

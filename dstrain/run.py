@@ -70,16 +70,28 @@ class Run:
     evaluated_step: int | None = None
     checkpoint_bytes: int | None = None  # of the last checkpoint, on rank 0
 
+    def begin_data(self, extra: dict[str, Any]) -> None:
+        """Where the data go on, and what they tell. extra: of the restored checkpoint, or {}."""
+        first = self.state.step
+
+        def tell(position: int, text: str) -> None:
+            step = position // self.resolved.global_batch + 1
+            if first < step <= self.total_steps:  # else it was told before, or is of steps that never come
+                self.monitor.event(step, "data", text)
+
+        self.data.train.load_state(extra.get("data", {}), tell)
+        if self.args.data.streaming and self.data.validation is None:
+            self.monitor.event(first, "notice", f"held-out text: {self.data.facts['validation']}")
+
     def begin_safety(self) -> None:
         """From here on `logs` has the black box of the run, and stacks if it hangs."""
         from dstrain.data.loader import step_plan
-        from dstrain.data.order import Order
         from dstrain.resilience.safety import BatchNames
 
         resolved, parallel, train = self.resolved, self.resolved.parallel, self.data.train
         dp_rank = parallel.dp_rank(self.launch.rank)
         plan = step_plan(resolved.global_batch, resolved.micro_batch, dp_rank, parallel.dp_size)
-        order = Order(len(train), self.args.run.seed)
+        order = train.order(self.args.run.seed)
         self.safety.begin(
             self.folder.logs,
             monitor=self.monitor,
@@ -136,6 +148,7 @@ class Run:
         """Begin to save, unless this step is saved already; the background writes. A collective."""
         self.safety.before_save(state.step)
         own = {"evaluated_step": self.evaluated_step, "best": self.best.state_dict()}
+        own["data"] = self.data.train.state_at(state.samples_consumed)
         kept_step = self.best.step if self.args.run.load_best_model_at_end else None
         self.checkpoints.save(state, {**self.monitor.state_dict(), **own}, kept_step)
         self.safety.beat("step", state.step)

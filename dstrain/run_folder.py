@@ -77,7 +77,7 @@ class RunFolder:
         """Refuse to go on with a run of another model, data or seed; names what differs."""
         stored = self.read().get("identity", {})
         problems = [
-            f"--output_dir {self.path} holds a run with another {name} ({_short(stored[name])}, now {_short(value)}): "
+            f"--output_dir {self.path} holds a run with another {name} ({_difference(stored[name], value)}): "
             "choose another folder or add --overwrite_output_dir"
             for name, value in identity.items()
             if name in stored and stored[name] != value
@@ -122,6 +122,14 @@ def environment_facts() -> dict[str, Any]:
         "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "platform": platform.platform()},
         "command": [sys.executable, *sys.argv],
     }
+
+
+def _difference(stored: Any, now: Any) -> str:
+    """What was and what is; of two tables, the first entry that differs."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        name = next(name for name in {**now, **stored} if stored.get(name) != now.get(name))
+        return f"{name}: {_difference(stored.get(name), now.get(name))}"
+    return f"{_short(stored)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:

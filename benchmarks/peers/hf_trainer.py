@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.peers.common import SEED, Clock, Job, local_device, parse_flags
-from dstrain.data.loader import Order
+from dstrain.data.order import Order
 
 
 class Ordered(Dataset):

@@ -5,19 +5,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dstrain.arguments import DataArguments
+from dstrain.data.mixture import Concatenation, Mixture, mixture_facts, mixture_parts
 from dstrain.data.order import epoch_order, hash_words, mix
 from dstrain.data.packing import BlockSamples, PackedSamples, RowSamples, Samples, Subset, pack_documents
 from dstrain.data.rows import NUM_PLACES, describe_skipped
 from dstrain.data.segments import RowRules
 from dstrain.data.sources import build_sources, write_text
 from dstrain.data.store import FORMAT_VERSION, TokenStore, find_or_write_store
+from dstrain.data.stream import SHUFFLE_BUFFER, StreamSamples, open_stream
 from dstrain.data.tokenization import TextEncoder
 from dstrain.errors import UserError
 
@@ -33,7 +35,8 @@ class TrainingData:
     """Training and held-out samples, and what is known about them.
 
     sha256: of the sources' content alone. samples_sha256: also of the tokenizer, the block, packing and the split, so
-    that equal hashes mean equal samples. facts: for `run.json`, see `_facts`. notices: lines for the user.
+    that equal hashes mean equal samples. facts: for `run.json`, see `_facts`. notices: lines for the user. files: of a
+    stream, by name, what is known of each without reading it.
     """
 
     train: Samples
@@ -43,6 +46,12 @@ class TrainingData:
     source: str
     facts: dict[str, Any]
     notices: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str | dict[str, str]:
+        """JSON: what must be the same when a run goes on."""
+        return {**self.files, "samples": self.samples_sha256} if self.files else self.samples_sha256
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +84,9 @@ def build_data(
     One process of each host reads and writes while the others wait in `barrier`, then all map the same files. What
     stops that process is raised in all of them. cache_dir: None is `default_cache_dir()`. Raises UserError.
     """
+    if dargs.streaming:
+        common = {"is_main_per_host": is_main_per_host, "barrier": barrier, "cache_dir": cache_dir}
+        return _build_stream(dargs, tokenizer, seed=seed, block_size=block_size, **common)
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     encoder = TextEncoder(tokenizer)
     recipe = [FORMAT_VERSION, asdict(dargs), encoder.sha256, seed, block_size]
@@ -88,6 +100,45 @@ def build_data(
         barrier()
     answer = _read_answer(answer_file)
     return _open(answer, dargs, encoder, seed, block_size)
+
+
+def _build_stream(
+    dargs: DataArguments, tokenizer: "PreTrainedTokenizerBase", *, block_size: int, **common: Any
+) -> TrainingData:
+    """Training text that is read while training; held-out text has files of its own, read before as always."""
+    source, encoder = open_stream(dargs), TextEncoder(tokenizer)
+    window = dargs.shuffle_buffer or SHUFFLE_BUFFER
+    train = StreamSamples(source, encoder, block_size, window, dargs.max_train_samples, dargs.bad_rows)
+    facts = {"source": source.description, "files": source.identity, "block_size": block_size, "shuffle_buffer": window}
+    recipe = [source.identity, encoder.sha256, block_size, window, dargs.text_column, dargs.max_train_samples]
+    recipe.append(dargs.bad_rows)
+    notices: list[str] = []
+    if not dargs.validation_file:
+        held_out, facts["validation"] = None, "none: a stream holds nothing out (name a --validation_file)"
+    else:
+        read_before = replace(
+            dargs,
+            streaming=False,
+            shuffle_buffer=None,
+            dataset_name=None,
+            dataset_config_name=None,
+            max_train_samples=None,
+            train_file=dargs.validation_file,
+        )
+        data = build_data(read_before, tokenizer, block_size=block_size, **common)
+        held_out, notices = data.validation, data.notices
+        recipe.append(data.samples_sha256)
+        facts |= {name: value for name, value in data.facts.items() if "validation" in name}
+    return TrainingData(
+        train=train,
+        validation=held_out,
+        sha256=_hash_json(source.identity),
+        samples_sha256=_hash_json([*recipe, FORMAT_VERSION]),
+        source=source.description,
+        facts=facts,
+        notices=notices,
+        files=source.identity,
+    )
 
 
 def _prepare_and_tell(
@@ -122,6 +173,12 @@ def _read_answer(answer_file: Path) -> dict[str, Any]:
 
 def _prepare(dargs: DataArguments, encoder: TextEncoder, cache: Path) -> dict[str, Any]:
     """Tokenize what is not in the cache. Returns where it is, as JSON."""
+    if parts := mixture_parts(dargs):
+        return {"mixture": [[_prepare_source(part, encoder, cache), weight] for part, weight in parts]}
+    return _prepare_source(dargs, encoder, cache)
+
+
+def _prepare_source(dargs: DataArguments, encoder: TextEncoder, cache: Path) -> dict[str, Any]:
     train, validation = build_sources(dargs, cache)
     rules = RowRules(dargs.bad_rows, dargs.train_on_prompts)
     answer: dict[str, Any] = {
@@ -141,6 +198,9 @@ def _prepare(dargs: DataArguments, encoder: TextEncoder, cache: Path) -> dict[st
 def _open(
     answer: dict[str, Any], dargs: DataArguments, encoder: TextEncoder, seed: int, block_size: int
 ) -> TrainingData:
+    if "mixture" in answer:
+        parts = [(_open(part, dargs, encoder, seed, block_size), weight) for part, weight in answer["mixture"]]
+        return _mixed(parts, dargs, seed)
     store = TokenStore.open(Path(answer["train"]))
     documents, skipped = _usable_documents(store, dargs, block_size)
     split_seed = seed if answer["split_seeded"] else 0
@@ -168,7 +228,7 @@ def _open(
         train=train,
         validation=validation,
         sha256=answer["sha256"],
-        samples_sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        samples_sha256=_hash_json(identity),
         source=answer["source"],
         facts=_facts(store, train, validation, split)
         | {"skipped_rows": skipped, "skipped_validation_rows": skipped_validation},
@@ -177,6 +237,32 @@ def _open(
             *describe_skipped(skipped_validation, answer.get("validation_source", "")),
         ],
     )
+
+
+def _mixed(parts: list[tuple[TrainingData, float]], dargs: DataArguments, seed: int) -> TrainingData:
+    """One mixture of several sources; each has held out its own samples, unless there is a validation file for all."""
+    sources, weights = [part for part, _ in parts], [weight for _, weight in parts]
+    train = Mixture([source.train for source in sources], weights)
+    held_out = [source.validation for source in sources if source.validation is not None]
+    validation: Samples | None = None
+    if held_out:
+        validation = held_out[0] if dargs.validation_file else Concatenation(held_out)
+    facts = mixture_facts(train, seed, [source.facts for source in sources])
+    facts["num_validation_samples"] = len(validation) if validation is not None else 0
+    facts["num_validation_tokens"] = validation.num_tokens if validation is not None else 0
+    return TrainingData(
+        train=train,
+        validation=validation,
+        sha256=_hash_json([source.sha256 for source in sources]),
+        samples_sha256=_hash_json([[source.samples_sha256, weight] for source, weight in parts]),
+        source=facts["source"],
+        facts=facts,
+        notices=list(dict.fromkeys(notice for source in sources for notice in source.notices)),
+    )
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _usable_documents(store: TokenStore, dargs: DataArguments, block_size: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -8,16 +8,17 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from dstrain.data.order import Order
 from dstrain.data.packing import IGNORE, Samples
 from dstrain.phases import phase
 
 MicroBatch = dict[str, torch.Tensor]
+Item = TypeVar("Item")
 
 
 def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int) -> MicroBatch:
@@ -69,7 +70,7 @@ def build_loader(
     dp_size: int,
     samples_consumed: int = 0,
     pad_token_id: int = 0,
-) -> "Loader":
+) -> "Loader[list[MicroBatch]]":
     """An endless iterator over steps; each item is the list of this rank's micro-batches of one step.
 
     Step i reads positions samples_consumed + i * global_batch ... of the order; micro-batch k of rank r takes
@@ -78,17 +79,20 @@ def build_loader(
     plan = step_plan(global_batch, micro_batch, dp_rank, dp_size)
 
     def steps() -> Iterator[list[MicroBatch]]:
-        order = Order(len(samples), seed)
-        for first in itertools.count(samples_consumed, global_batch):
-            yield [collate([samples[order[first + i]] for i in micro], pad_token_id) for micro in plan]
+        order = samples.order(seed)
+        try:
+            for first in itertools.count(samples_consumed, global_batch):
+                yield [collate([samples[order[first + i]] for i in micro], pad_token_id) for micro in plan]
+        finally:
+            samples.close()
 
     return Loader(steps())
 
 
-class Loader:
+class Loader(Generic[Item]):
     """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; `close` ends the thread."""
 
-    def __init__(self, items: Iterator[list[MicroBatch]], depth: int = 4):
+    def __init__(self, items: Iterator[Item], depth: int = 4):
         self._queue: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -97,10 +101,10 @@ class Loader:
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
 
-    def __iter__(self) -> "Loader":
+    def __iter__(self) -> "Loader[Item]":
         return self
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> Item:
         if self._stop.is_set():
             raise StopIteration
         with phase("data"):
@@ -114,14 +118,14 @@ class Loader:
         self._stop.set()
         self._thread.join()
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "Loader[Item]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _produce(items: Iterator[list[MicroBatch]], out: queue.Queue, stop: threading.Event) -> None:
+def _produce(items: Iterator, out: queue.Queue, stop: threading.Event) -> None:
     def put(entry: tuple) -> None:
         while not stop.is_set():
             try:
@@ -138,6 +142,9 @@ def _produce(items: Iterator[list[MicroBatch]], out: queue.Queue, stop: threadin
         put(("error", StopIteration()))
     except Exception as error:  # noqa: BLE001 - whatever it is, the consumer raises it
         put(("error", error))
+    finally:
+        if isinstance(items, Generator):
+            items.close()
 
 
 def eval_batches(

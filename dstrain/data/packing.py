@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from dstrain.data.order import Order, SampleOrder
 from dstrain.data.store import TokenStore, count_labels
 
 IGNORE = -100
@@ -30,6 +33,22 @@ class Samples(ABC):
 
     def __len__(self) -> int:
         return len(self.token_counts)
+
+    def order(self, seed: int) -> SampleOrder:
+        """order[position] -> index, without end: in which order training reads the samples."""
+        return Order(len(self), seed)
+
+    def state_at(self, position: int) -> dict[str, Any]:
+        """JSON for a checkpoint: what helps a later start to read on from a position of the order. Nothing, mostly."""
+        return {}
+
+    def load_state(self, state: dict[str, Any], tell: Callable[[int, str], None]) -> None:
+        """Before the first sample is read. state: from `state_at`, or {}. tell(position, text): what has happened."""
+        return
+
+    def close(self) -> None:
+        """End what reading has begun."""
+        return
 
     @cached_property
     def num_tokens(self) -> int:

@@ -43,8 +43,6 @@ class Source(Protocol):
 
 def build_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source | None]:
     """(training, validation or None) as the flags say. Raises UserError with every problem found."""
-    if dargs.streaming:
-        raise UserError("--streaming is not there yet: leave it out (data are memory-mapped, not held in memory)")
     problems: list[str] = []
     columns = ColumnFlags.of(dargs)
     train: Source | None = None
@@ -217,11 +215,20 @@ def _hash_json(value: Any) -> str:
 def _hub_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source | None]:
     name, config, columns = dargs.dataset_name, dargs.dataset_config_name, ColumnFlags.of(dargs)
     assert name is not None
+    splits = load_hub(name, config)
+    train = HubSource(name, splits["train"], "train", columns, dargs.max_train_samples, cache_dir)
+    if "validation" not in splits:
+        return train, None
+    return train, HubSource(name, splits["validation"], "validation", columns, None, cache_dir)
+
+
+def load_hub(name: str, config: str | None, *, streaming: bool = False) -> Any:
+    """A dataset's splits by name, `train` among them; `IterableDataset`s when streaming. Raises UserError."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        splits = datasets.load_dataset(name, config)
+        splits = datasets.load_dataset(name, config, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
         raise UserError(
@@ -230,10 +237,7 @@ def _hub_sources(dargs: DataArguments, cache_dir: Path) -> tuple[Source, Source 
         ) from None
     if "train" not in splits:
         raise UserError(f"--dataset_name {name} has no split train: its splits are {', '.join(splits)}")
-    train = HubSource(name, splits["train"], "train", columns, dargs.max_train_samples, cache_dir)
-    if "validation" not in splits:
-        return train, None
-    return train, HubSource(name, splits["validation"], "validation", columns, None, cache_dir)
+    return splits
 
 
 class HubSource:

@@ -86,7 +86,8 @@ def test_launchers_local_rank_may_come_first(word, tmp_path):
     [([], True), (["true"], True), (["1"], True), (["False"], False), (["no"], False)],
 )
 def test_switches(words, value):
-    assert parse_arguments(["--streaming", *words]).data.streaming is value
+    flags = ["--train_file", "a", "--max_steps", "5", "--streaming", *words]
+    assert parse_arguments(flags).data.streaming is value
 
 
 def test_bare_compile_means_by_layer():

@@ -260,8 +260,3 @@ def test_wrong_hub_names_and_columns(hub_folder, tmp_path):
     write(hub_folder / "data/train-00000-of-00002.parquet", "broken")
     with pytest.raises(UserError, match="cannot be loaded"):
         build_sources(DataArguments(dataset_name=str(hub_folder)), tmp_path)
-
-
-def test_streaming_is_refused_until_it_is_there(tmp_path):
-    with pytest.raises(UserError, match="--streaming is not there yet"):
-        build_sources(DataArguments(streaming=True), tmp_path)
