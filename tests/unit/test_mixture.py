@@ -189,7 +189,7 @@ def test_a_yaml_file_names_files_and_weights(tmp_path, three_files):
         ("sources: []", "has no list `sources`"),
         ("- a", "has no list `sources`"),
         ("sources: [{file: a, weight: 1}]\nsource: 3", "unknown name source: did you mean sources?"),
-        ("sources: [{file: a, waight: 1}]", "source 1: unknown name wieght: did you mean weight?"),
+        ("sources: [{file: a, waight: 1}]", "source 1: unknown name waight: did you mean weight?"),
         ("sources: [{file: a, weight: 1}, {weight: 1}]", "source 2: it has no `file`"),
         ("sources: [{file: a, weight: 0}]", "source 1: `weight` is 0: write a positive number"),
         ("sources: [{file: a, weight: true}]", "`weight` is True: write a positive number"),
