@@ -219,7 +219,9 @@ def _convert(name: str, value: Any, annotation: Any, metadata: Mapping[str, Any]
     return value
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Usage errors as `UserError`, in one line."""
+
     def error(self, message: str):
         if match := re.fullmatch(r"argument (--\w+).*: expected one argument", message):
             message = f"{match[1]} has no value: write one after it"
@@ -233,7 +235,7 @@ def _help(f: dataclasses.Field) -> str:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         description="Train a Hugging Face causal language model with DeepSpeed.",

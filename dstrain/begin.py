@@ -11,6 +11,7 @@ def begin(run: Run, quiet: Any) -> None:
     """Restore what there is to restore, then write for the first time: from here on the folder is this run's."""
     from dstrain import distributed
     from dstrain.checkpoint.manager import TrainState
+    from dstrain.data.statistics import describe
     from dstrain.models.build import compute_dtype
     from dstrain.monitor.devices import find_peak
     from dstrain.monitor.logs import screen
@@ -39,8 +40,8 @@ def begin(run: Run, quiet: Any) -> None:
     notes = [*(restored.events if restored else []), *(("notice", notice) for notice in run.resolved.notices)]
     notes += [("memory_limit", problem) for problem in run.foresight.problems]
     notes += [("skipped_rows", text) for text in run.data.notices]
-    if run.launch.is_main and (expected := run.foresight.describe()):
-        print(expected, file=screen())
+    if run.launch.is_main:
+        print("\n".join(filter(None, [describe(run.data.facts), run.foresight.describe()])), file=screen())
     for name, text in notes:
         run.monitor.event(run.state.step, name, text)
     if reason := run.engine.plain_loss_reason:

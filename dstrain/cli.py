@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint": ("dstrain.checkpoint.cli", "verify, list, show or convert checkpoints"),
     "evaluate": ("dstrain.evaluate.cli", "figures of a model on a task: perplexity, labels, generated texts"),
     "generate": ("dstrain.generate.cli", "text from a checkpoint or a model folder, or a chat with it"),
+    "data": ("dstrain.show", "a few samples as the model gets them, and statistics of the data"),
+    "tokenizer": ("dstrain.data.train_tokenizer", "train a byte-level BPE on local text"),
     "export": ("dstrain.checkpoint.export", "write a checkpoint as a Hugging Face folder"),
 }
 

@@ -120,7 +120,6 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     from dstrain import distributed
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
-    from dstrain.models.sequence import check_sequence_parallel
     from dstrain.monitor.profiler import build_profiler
     from dstrain.planner.foresight import foresee
     from dstrain.verify import gate
@@ -128,8 +127,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     launch, folder, run = Launch.from_environment(), configuration.folder, args.run
     startup.done("imports")
     config = load_model_config(args.model)
-    tokenizer, block_size = _build_tokenizer(args, config)
-    check_sequence_parallel(config, configuration.resolved.parallel)
+    tokenizer, block_size = tokenizer_and_block(args, config)
+    _check_model(args, config, configuration.resolved)
     resolved = _with_facts(configuration.resolved, config)
     foresight = foresee(args, config, resolved, block_size)
     startup.done("model_config")
@@ -200,7 +199,7 @@ def _build_checkpoints(
     )
 
 
-def _build_tokenizer(args: Arguments, config: Any) -> tuple[Any, int]:
+def tokenizer_and_block(args: Arguments, config: Any) -> tuple[Any, int]:
     """The tokenizer and the block size, both checked against the model."""
     from dstrain.data.tokenization import build_tokenizer, num_token_ids
     from dstrain.models.config import check_block_size, check_vocabulary, max_positions
@@ -214,6 +213,15 @@ def _build_tokenizer(args: Arguments, config: Any) -> tuple[Any, int]:
     block_size = args.data.block_size or min(1024, max_positions(config) or 1024)
     check_block_size(config, block_size)
     return tokenizer, block_size
+
+
+def _check_model(args: Arguments, config: Any, resolved: ResolvedConfig) -> None:
+    """Refuse what this type of model cannot do."""
+    from dstrain.models.packed import check_packing
+    from dstrain.models.sequence import check_sequence_parallel
+
+    check_sequence_parallel(config, resolved.parallel)
+    check_packing(config, args, resolved)
 
 
 def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:

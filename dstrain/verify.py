@@ -99,7 +99,7 @@ def verify(args: Arguments, world_size: int, start: Starter | None = None) -> li
 def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, ResolvedConfig]:
     """The same run with at most `MAX_LAYERS` layers (or one a stage), dropout off, a smaller batch and a schedule whose
     warm-up is over after two steps. A pretrained model is taken from scratch."""
-    from dstrain.models.config import load_model_config
+    from dstrain.models.config import load_model_config, make_shallow
 
     _check_named(args)
     raw = apply_overrides(load_config(args.run.deepspeed_config), args.run.set)
@@ -117,7 +117,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
     )
     _shorten_schedule(raw)
     config = load_model_config(args.model)
-    _shrink_model(config, max(MAX_LAYERS, asked.placement.num_stages))
+    make_shallow(config, max(MAX_LAYERS, asked.placement.num_stages))
     (scratch / "ds.json").write_text(json.dumps(raw))
     config.save_pretrained(scratch / "model")
     source = args.model.model_name_or_path or args.model.config_name or ""
@@ -150,22 +150,6 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
         local_rank=-1,
     )
     return Arguments(model, args.data, run), resolve_config(raw, world_size=world_size, facts=facts)
-
-
-def _shrink_model(config: Any, max_layers: int) -> None:
-    """In place: fewer layers, of every kind one where there is room (sliding and full attention); dropout off."""
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    layers = min(depth, max_layers)
-    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == depth}
-    kinds = [str([value[i] for value in lists.values()]) for i in range(depth)]
-    kept = sorted(sorted(range(depth), key=lambda i: (kinds[i] in kinds[:i], i))[:layers])
-    for name, value in list(vars(text).items()):
-        if name in lists:
-            setattr(text, name, [value[i] for i in kept])
-        elif isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(text, name, 0.0)
-    text.num_hidden_layers = layers
 
 
 def _check_named(args: Arguments) -> None:

@@ -18,6 +18,7 @@ from dstrain.data.packing import BlockSamples, PackedSamples, RowSamples, Sample
 from dstrain.data.rows import NUM_PLACES, describe_skipped
 from dstrain.data.segments import RowRules
 from dstrain.data.sources import build_sources, write_text
+from dstrain.data.statistics import length_facts
 from dstrain.data.store import FORMAT_VERSION, TokenStore, find_or_write_store
 from dstrain.data.stream import SHUFFLE_BUFFER, StreamSamples, open_stream
 from dstrain.data.tokenization import TextEncoder
@@ -347,6 +348,8 @@ def _facts(store: TokenStore, train: Samples, validation: Samples | None, split:
         "num_label_tokens": train.num_label_tokens,
         "loss_share": round(train.num_label_tokens / train.num_tokens, 6),
         "tokens_per_sample": round(train.num_tokens / len(train), 2),
+        "packing_efficiency": round(train.num_tokens / (len(train) * train.block_size), 6),
+        **length_facts(store.lengths, train.block_size),
         "validation": split,
         "num_validation_samples": len(validation) if validation is not None else 0,
         "num_validation_tokens": validation.num_tokens if validation is not None else 0,

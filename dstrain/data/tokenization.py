@@ -27,11 +27,12 @@ def build_tokenizer(
     """
     tokenizer = _build_byte_tokenizer() if name == "bytes" else _load_tokenizer(name, trust_remote_code)
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = read_template(chat_template)
     return tokenizer
 
 
-def _read_template(file_or_text: str) -> str:
+def read_template(file_or_text: str) -> str:
+    """A chat template: the text of a Jinja file, or the text itself. Raises UserError."""
     if "{%" in file_or_text or "{{" in file_or_text:
         return file_or_text
     try:

@@ -238,6 +238,33 @@ def check_block_size(config: PreTrainedConfig, block_size: int) -> None:
         )
 
 
+def _layer_lists(text: PreTrainedConfig) -> dict[str, list]:
+    """What a configuration says layer by layer."""
+    depth = text.num_hidden_layers
+    return {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == depth}
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Layers of one kind (sliding or full attention, ...) have one string."""
+    text = config.get_text_config()
+    lists = _layer_lists(text).values()
+    return [str([value[i] for value in lists]) for i in range(text.num_hidden_layers)]
+
+
+def make_shallow(config: PreTrainedConfig, max_layers: int) -> None:
+    """In place: fewer layers, of every kind one where there is room; dropout off."""
+    text = config.get_text_config()
+    lists, kinds, depth = _layer_lists(text), layer_kinds(config), text.num_hidden_layers
+    layers = min(depth, max_layers)
+    kept = sorted(sorted(range(depth), key=lambda i: (kinds[i] in kinds[:i], i))[:layers])
+    for name, value in list(vars(text).items()):
+        if name in lists:
+            setattr(text, name, [value[i] for i in kept])
+        elif isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(text, name, 0.0)
+    text.num_hidden_layers = layers
+
+
 def model_identity(config: PreTrainedConfig) -> dict[str, Any]:
     """What makes a model this model, as strict JSON: infinite values (Mamba 2's time step limit) by their name."""
     volatile = ("transformers_version", "dtype", "_name_or_path")

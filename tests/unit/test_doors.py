@@ -30,6 +30,7 @@ LEVELS = {
     **dict.fromkeys(["run", "verify"], 7),
     "begin": 7.5,
     "prepare": 8,
+    "show": 8.5,  # takes tokenizer and block from `prepare`
     **dict.fromkeys(["train", "cli"], 9),
 }
 ONE_ROOM = {"pipe_engine": "engine"}  # the two engines, in two files

@@ -1,6 +1,5 @@
 """Blocks, rows and packs: what becomes of every token of every document."""
 
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,39 +179,3 @@ def test_subset():
     part = Subset(samples, np.array([7, 2]))
     check_counts(part)
     assert part[0]["input_ids"][0] == 70
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_packed_documents_do_not_see_each_other_in_a_model(family, attention):
-    """Logits of a padded batch of packs equal those of each document alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from dstrain.data.loader import collate
-
-    sizes = {
-        "llama": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    }
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=64, use_cache=False, **sizes[family])
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    store = store_of([7, 5, 3, 9])
-    samples = PackedSamples(store, pack_documents(store, np.arange(4), 16), 16, 4)
-    batch = collate([samples[i] for i in range(len(samples))], pad_token_id=0)
-    assert (batch["input_ids"].shape[1] > samples.token_counts).any()
-    with torch.no_grad():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        for row in range(len(samples)):
-            length = samples.token_counts[row]
-            starts = [*np.flatnonzero(samples[row]["position_ids"] == 0), length]
-            for begin, end in itertools.pairwise(starts):
-                alone = model(input_ids=batch["input_ids"][row : row + 1, begin:end]).logits[0]
-                torch.testing.assert_close(packed[row, begin:end], alone, rtol=1e-5, atol=1e-5)
