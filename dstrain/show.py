@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstrain.arguments import Arguments, Parser, parse_arguments
 from dstrain.data.order import Order
-from dstrain.data.render import coloured, documents, heading, plain
+from dstrain.data.render import coloured, count, documents, plain
 from dstrain.data.statistics import describe
 from dstrain.errors import ExitCode, UserError
 
@@ -85,9 +85,12 @@ def _show(data: "TrainingData", tokenizer: Any, seed: int, num_samples: int) -> 
     for i in range(min(num_samples, len(data.train))):
         sample = data.train[order[i]]
         parts = documents(tokenizer, sample)
-        console.print(f"\n== sample {order[i]}: {len(sample['input_ids'])} of {data.train.block_size} tokens")
+        console.print(f"\n== sample {order[i]} (blocks of {data.train.block_size}): {count(parts)}")
         for number, part in enumerate(parts, 1):
-            console.print(heading(part, number, len(parts)), style="bold" if in_colour else "")
+            if "position_ids" in sample:  # else nobody knows where in it documents begin
+                console.print(
+                    f"-- document {number} of {len(parts)}: {count([part])}", style="bold" if in_colour else ""
+                )
             console.print(coloured(part) if in_colour else plain(part))
     console.print()
     sys.stdout.flush()

@@ -62,9 +62,10 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() else shown.get(c) or c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def heading(document: list[Cell], number: int, count: int) -> str:
-    num_tokens, num_with_loss = sum(c.num_tokens for c in document), sum(c.num_with_loss for c in document)
-    return f"-- document {number} of {count}: {num_tokens} tokens, {num_with_loss} with loss"
+def count(parts: list[list[Cell]]) -> str:
+    """In words, the tokens of some documents."""
+    cells = [cell for part in parts for cell in part]
+    return f"{sum(cell.num_tokens for cell in cells)} tokens, {sum(cell.num_with_loss for cell in cells)} with loss"
 
 
 def plain(document: list[Cell]) -> str:

@@ -12,7 +12,7 @@ from dstrain.cli import main
 from dstrain.data import build_data, build_tokenizer
 from dstrain.data.order import Order
 from dstrain.data.packing import IGNORE
-from dstrain.data.render import coloured, documents, heading, plain
+from dstrain.data.render import coloured, count, documents, plain
 from dstrain.data.statistics import describe, length_facts
 
 BYTES = build_tokenizer("bytes")
@@ -43,7 +43,7 @@ def test_tokens_without_loss_stand_apart():
     ids = [*"Q:é\n".encode(), 256]
     (document,) = documents(BYTES, sample_of(ids, [IGNORE, IGNORE, *ids[2:]]))
     assert plain(document) == "⟦Q|:⟧é|↵\n|<|endoftext|>"
-    assert heading(document, 1, 1) == "-- document 1 of 1: 6 tokens, 4 with loss"
+    assert count([document]) == "6 tokens, 4 with loss"
     text = coloured(document)
     assert text.plain == "Q:é↵\n<|endoftext|>"
     dim = {i for span in text.spans if "dim" in str(span.style) for i in range(span.start, span.end)}
@@ -118,11 +118,16 @@ def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):
     lines = capsys.readouterr().out.splitlines()
     order = Order(11, 7)
     titles = [line for line in lines if line.startswith("== ")]
-    assert [int(title.split()[2].rstrip(":")) for title in titles] == [order[0], order[1]]
+    assert [int(title.split()[2]) for title in titles] == [order[0], order[1]]
     texts = [line for line in lines if line.startswith("⟦p")]
     assert len(texts) == 2
     assert all(text.endswith("⟧c|<|endoftext|>") for text in texts)
+    assert all(title.endswith("tokens, 2 with loss") for title in titles)
+    assert not [line for line in lines if line.startswith("-- document")]
     assert lines[-2].startswith("data: 12 documents")
+    assert main(["data", "show", *flags, "--packing", "--num_samples", "1"]) == 0
+    packed = capsys.readouterr().out
+    assert "-- document 1 of " in packed
 
 
 @pytest.mark.parametrize(
