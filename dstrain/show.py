@@ -57,9 +57,9 @@ def _tokenizer_and_block(args: Arguments) -> tuple[Any, int]:
         return tokenizer_and_block(args, load_model_config(args.model))
     from dstrain.data.tokenization import build_tokenizer
 
-    if not args.model.tokenizer_name:
-        raise UserError("no tokenizer is named: write --tokenizer_name T (or bytes), or name the model")
     model = args.model
+    if not model.tokenizer_name:
+        raise UserError("no tokenizer is named: write --tokenizer_name T (or bytes), or name the model")
     tokenizer = build_tokenizer(model.tokenizer_name, model.trust_remote_code, model.chat_template)
     return tokenizer, args.data.block_size or 1024
 

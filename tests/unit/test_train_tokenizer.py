@@ -96,7 +96,7 @@ def test_what_is_said_in_chats_counts(train, tmp_path):
     turns = [{"role": "user", "content": "zyzzyva zyzzyva"}, {"role": "assistant", "content": "zyzzyva"}]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     assert train(files=["chats.jsonl"])[0] == 0
-    assert "Ġzyzzyva" in AutoTokenizer.from_pretrained(str(tmp_path / "out")).get_vocab()
+    assert "zyzzyva" in AutoTokenizer.from_pretrained(str(tmp_path / "out")).get_vocab()
 
 
 def test_a_vocabulary_too_small_and_a_folder_in_use(train, tmp_path):
