@@ -29,6 +29,17 @@ def one_document(text, tokenizer=BYTES):
     return document
 
 
+def build(file, block_size, packing=False, seed=42):
+    return build_data(
+        DataArguments(train_file=[str(file)], block_size=block_size, packing=packing),
+        BYTES,
+        seed=seed,
+        block_size=block_size,
+        is_main_per_host=True,
+        barrier=lambda: None,
+    )
+
+
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
     """Prompts that count from 2 to 13 tokens and completions of one letter and the end."""
@@ -91,14 +102,7 @@ def test_statistics_are_those_of_the_run(rows, tmp_path, capsys):
     flags = ["--train_file", str(rows), "--tokenizer_name", "bytes", "--block_size", "14", "--packing"]
     assert main(["data", "stats", "--json", *flags]) == 0
     shown = json.loads(capsys.readouterr().out)
-    data = build_data(
-        DataArguments(train_file=[str(rows)], block_size=14, packing=True),
-        BYTES,
-        seed=42,
-        block_size=14,
-        is_main_per_host=True,
-        barrier=lambda: None,
-    )
+    data = build(rows, 14, packing=True)
     assert shown == {"source": data.source, "sha256": data.sha256, **data.facts}
     tokens = sum(len(data.train[i]["input_ids"]) for i in range(len(data.train)))
     with_loss = sum((data.train[i]["labels"] != IGNORE).sum() for i in range(len(data.train)))
@@ -116,13 +120,14 @@ def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):
     flags = ["--train_file", str(rows), "--tokenizer_name", "bytes", "--block_size", "16", "--seed", "7"]
     assert main(["data", "show", *flags, "--num_samples", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    order = Order(11, 7)
+    data, order = build(rows, 16, seed=7), Order(11, 7)
     titles = [line for line in lines if line.startswith("== ")]
     assert [int(title.split()[2]) for title in titles] == [order[0], order[1]]
     texts = [line for line in lines if line.startswith("⟦p")]
     assert len(texts) == 2
     assert all(text.endswith("⟧c|<|endoftext|>") for text in texts)
-    assert all(title.endswith("tokens, 2 with loss") for title in titles)
+    for i, title in enumerate(titles):
+        assert title.endswith(f": {len(data.train[order[i]]['input_ids'])} tokens, 2 with loss")
     assert not [line for line in lines if line.startswith("-- document")]
     assert lines[-2].startswith("data: 12 documents")
     assert main(["data", "show", *flags, "--packing", "--num_samples", "1"]) == 0
