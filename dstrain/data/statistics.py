@@ -5,6 +5,11 @@ from typing import Any
 import numpy as np
 
 _LENGTHS = {"min": 0, "median": 50, "p95": 95, "max": 100}
+_NOTES = {
+    "num_empty_documents": "empty documents",
+    "num_cut_rows": "rows cut at the block",
+    "num_rows_without_loss": "rows left out: without loss",
+}
 
 
 def length_facts(lengths: np.ndarray, block_size: int) -> dict[str, Any]:
@@ -17,22 +22,19 @@ def length_facts(lengths: np.ndarray, block_size: int) -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """Two lines from the facts of `TrainingData`."""
+    """Two lines from the facts of `TrainingData`, or two for each source of a mixture; none of a stream."""
+    if "sources" in facts:
+        return "\n".join(describe(source) for source in facts["sources"])
+    if "document_lengths" not in facts:
+        return ""
     lengths = facts["document_lengths"]
-    notes = [
-        f"{facts[name]:,} {what}"
-        for name, what in (
-            ("num_empty_documents", "empty documents"),
-            ("num_cut_rows", "rows cut at the block"),
-            ("num_rows_without_loss", "rows left out: without loss"),
-        )
-        if facts.get(name)
-    ]
+    notes = [f"; {facts[name]:,} {what}" for name, what in _NOTES.items() if facts.get(name)]
+    if "share_reached" in facts:
+        notes.append(f"; {facts['share_reached']:.1%} of the mixture")
     return (
-        f"data: {facts['num_documents']:,} documents of {lengths['min']:,} to {lengths['max']:,} tokens (median "
-        f"{lengths['median']:,}, 95 % up to {lengths['p95']:,}), {facts['share_longer_than_block']:.1%} longer than a "
-        f"block of {facts['block_size']:,}\n"
-        f"      {facts['num_samples']:,} samples of {facts['num_tokens']:,} tokens fill "
-        f"{facts['packing_efficiency']:.1%} of their blocks, {facts['loss_share']:.1%} carry loss"
-        + "".join(f"; {note}" for note in notes)
+        f"{facts['source']}: {facts['num_documents']:,} documents of {lengths['min']:,} to {lengths['max']:,} tokens "
+        f"(median {lengths['median']:,}, 95 % up to {lengths['p95']:,}), {facts['share_longer_than_block']:.1%} longer "
+        f"than a block of {facts['block_size']:,}\n"
+        f"  {facts['num_samples']:,} samples of {facts['num_tokens']:,} tokens fill {facts['packing_efficiency']:.1%} "
+        f"of their blocks, {facts['loss_share']:.1%} carry loss{''.join(notes)}"
     )
