@@ -86,15 +86,14 @@ def packing_difference(
     dtype = dtype if "flash" in (margs.attn_implementation or "") else torch.float32
     model = build_skeleton(margs, small, dtype)
     _fill(model.eval(), device)
-    worst = 0.0
     ids, positions = _packed_rows(_ROWS[:rows])
     packed = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits
+    errors = []
     for row, lengths in enumerate(_ROWS[:rows]):
         for begin, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
             alone = model(input_ids=ids[row : row + 1, begin:end].to(device), use_cache=False).logits[0]
-            error = (packed[row, begin:end] - alone).abs().max() / alone.abs().max()
-            worst = max(worst, error.item())
-    return worst, model.config._attn_implementation
+            errors.append((packed[row, begin:end] - alone).abs().max() / alone.abs().max())
+    return torch.stack(errors).max().item(), model.config._attn_implementation
 
 
 def _small(config: PreTrainedConfig) -> PreTrainedConfig:
