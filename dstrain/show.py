@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dstrain.arguments import Arguments, Parser, parse_arguments
-from dstrain.data.order import Order
 from dstrain.data.render import coloured, count, documents, plain
 from dstrain.data.statistics import describe
 from dstrain.errors import ExitCode, UserError
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> int:
     if own.json:
         print(json.dumps({"source": data.source, "sha256": data.sha256, **data.facts}, indent=2))
     else:
-        print("\n".join([describe(data.facts), *data.notices]))
+        print("\n".join(filter(None, [describe(data.facts), *data.notices])))
     return ExitCode.FINISHED
 
 
@@ -81,8 +80,8 @@ def _show(data: "TrainingData", tokenizer: Any, seed: int, num_samples: int) -> 
     console.print(
         "dim: without loss; the colour changes with each token" if in_colour else "⟦without loss⟧ token|token"
     )
-    order = Order(len(data.train), seed)
-    for i in range(min(num_samples, len(data.train))):
+    order, is_stream = data.train.order(seed), bool(data.files)
+    for i in range(num_samples if is_stream else min(num_samples, len(data.train))):
         sample = data.train[order[i]]
         parts = documents(tokenizer, sample)
         console.print(f"\n== sample {order[i]} (blocks of {data.train.block_size}): {count(parts)}")
@@ -92,5 +91,6 @@ def _show(data: "TrainingData", tokenizer: Any, seed: int, num_samples: int) -> 
                     f"-- document {number} of {len(parts)}: {count([part])}", style="bold" if in_colour else ""
                 )
             console.print(coloured(part) if in_colour else plain(part))
+    data.train.close()
     console.print()
     sys.stdout.flush()

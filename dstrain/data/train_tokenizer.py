@@ -32,7 +32,10 @@ from dstrain.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NOT_READ = {"validation_file", "streaming", "block_size", "packing", "train_on_prompts", "long_rows"}
+_NOT_READ = {
+    *("validation_file", "train_weight", "streaming", "shuffle_buffer", "block_size", "packing"),
+    *("train_on_prompts", "long_rows"),
+}
 
 
 def main(argv: list[str]) -> int:

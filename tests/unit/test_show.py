@@ -145,6 +145,19 @@ def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):
     assert "-- document 1 of " in packed
 
 
+def test_of_a_stream_the_first_samples_are_shown_too(tmp_path, capsys):
+    file = tmp_path / "words.txt"
+    file.write_text("".join(f"{i:03} " for i in range(100)))
+    flags = ["--train_file", str(file), "--tokenizer_name", "bytes", "--block_size", "8"]
+    assert main(["data", "show", *flags, "--streaming", "--max_steps", "1", "--num_samples", "30"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.replace("⟦", "").replace("⟧", "").replace("|", "") for line in lines if line.startswith("⟦")][1:]
+    assert len(shown) == 30
+    whole = (file.read_text() + "<|endoftext|>") * 2
+    assert all(text in whole for text in shown)
+    assert len(set(shown)) > 20
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
