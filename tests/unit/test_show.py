@@ -145,6 +145,21 @@ def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):
     assert "-- document 1 of " in packed
 
 
+def test_a_mixture_is_shown_in_its_own_order(rows, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text().replace("p", "q"))
+    files, weights = [str(rows), str(other)], [3.0, 1.0]
+    flags = [
+        word for f, w in zip(files, weights, strict=True) for word in ("--train_file", f, "--train_weight", str(w))
+    ]
+    assert main(["data", "show", *flags, "--tokenizer_name", "bytes", "--block_size", "16", "--num_samples", "9"]) == 0
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("== ")]
+    dargs = DataArguments(train_file=files, train_weight=weights, block_size=16)
+    train = build_data(dargs, BYTES, seed=42, block_size=16, is_main_per_host=True, barrier=lambda: None).train
+    order = train.order(42)
+    assert [int(title.split()[2]) for title in titles] == [order[i] for i in range(9)]
+
+
 def test_of_a_stream_the_first_samples_are_shown_too(tmp_path, capsys):
     file = tmp_path / "words.txt"
     file.write_text("".join(f"{i:03} " for i in range(100)))
@@ -153,7 +168,7 @@ def test_of_a_stream_the_first_samples_are_shown_too(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     shown = [line.replace("⟦", "").replace("⟧", "").replace("|", "") for line in lines if line.startswith("⟦")][1:]
     assert len(shown) == 30
-    whole = (file.read_text() + "<|endoftext|>") * 2
+    whole = (file.read_text() + "<endoftext>") * 2
     assert all(text in whole for text in shown)
     assert len(set(shown)) > 20
 
