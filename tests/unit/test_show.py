@@ -147,7 +147,7 @@ def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):
 
 def test_a_mixture_is_shown_in_its_own_order(rows, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
-    other.write_text(rows.read_text().replace("p", "q"))
+    other.write_text(rows.read_text().replace('"pp', '"qq'))
     files, weights = [str(rows), str(other)], [3.0, 1.0]
     flags = [
         word for f, w in zip(files, weights, strict=True) for word in ("--train_file", f, "--train_weight", str(w))
