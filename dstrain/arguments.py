@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from dstrain.adapter import adapter_settings
 from dstrain.contradictions import contradictions
 from dstrain.errors import UserError
 
@@ -52,6 +53,18 @@ class ModelArguments:
         choices=("layer", "whole"),
         bare="layer",
     )
+    lora_rank: int | None = flag("train LoRA adapters of this rank beside the frozen model, by peft", minimum=1)
+    lora_alpha: int | None = flag("their scale: alpha / rank (default: twice the rank)", minimum=1)
+    lora_dropout: float = flag("dropout before the adapters", 0.0, minimum=0.0)
+    lora_target_modules: list[str] = flag(
+        "names of the linear layers that get one; repeatable (default: all-linear, all but the head)", []
+    )
+    peft_config: str | None = flag("an adapter_config.json of peft, in place of the flags --lora_...")
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The settings of the adapters to train (`adapter_settings`), or None."""
+        return adapter_settings(vars(self))
 
 
 @dataclass(frozen=True)

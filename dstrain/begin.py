@@ -68,6 +68,7 @@ def _run_json(run: Run, peak: Any) -> dict[str, Any]:
         "world": {**asdict(parallel), "dp_size": parallel.dp_size},
         "total_steps": run.total_steps,
         "num_parameters": num_parameters(run.engine.model),
+        "num_trainable_parameters": num_parameters(run.engine.model, trainable=True),
         "attn_implementation": run.engine.model.config._attn_implementation,
         "prediction": run.foresight.prediction,
         "data": {"source": run.data.source, "sha256": run.data.sha256, **run.data.facts},

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from dstrain.adapter import adapter_settings
+from dstrain.errors import UserError
+
 _PARTS = ("prompt", "completion")
 
 
@@ -47,6 +50,10 @@ def contradictions(given: dict[str, Any]) -> list[str]:
         problems.append("--max_steps is 0: write a positive number, or leave it out to train for --num_train_epochs")
     if given.get("num_train_epochs") == 0:
         problems.append("--num_train_epochs is 0: write a positive number")
+    try:
+        adapter_settings(given)
+    except UserError as error:
+        problems += error.problems
     return problems
 
 

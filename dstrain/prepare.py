@@ -58,6 +58,7 @@ def read_configuration(args: Arguments) -> Configuration:
             gradient_checkpointing=args.model.gradient_checkpointing,
             compile=args.model.compile is not None,
             samples=run.sample_steps is not None,
+            adapters=args.model.adapter is not None,
         )
         try:
             resolved = resolve_config(
@@ -139,7 +140,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("data")
     total_steps = _total_steps(run, data.train, resolved.global_batch)
     resolved = swap.localize(resolved.with_total_steps(total_steps))
-    identity = _identity(config, data.identity, run.seed, block_size, resolved.global_batch)
+    identity = _identity(args, config, data.identity, block_size, resolved.global_batch)
     if not run.overwrite_output_dir:
         folder.check_identity(identity)
     if run.verify:
@@ -254,12 +255,13 @@ def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: i
     return build_model(args.model, config, zero3_config=zero3_config, **common)
 
 
-def _identity(config: Any, data: Any, seed: int, block_size: int, global_batch: int) -> dict[str, Any]:
+def _identity(args: Arguments, config: Any, data: Any, block_size: int, global_batch: int) -> dict[str, Any]:
     """What makes a run this run: with any of it changed, going on would be another one."""
+    from dstrain.models.adapters import adapter_identity
     from dstrain.models.config import model_identity
 
-    model = model_identity(config)
-    return {"model": model, "data": data, "seed": seed, "block_size": block_size, "global_batch": global_batch}
+    identity = {"model": model_identity(config), **adapter_identity(args.model), "data": data, "seed": args.run.seed}
+    return {**identity, "block_size": block_size, "global_batch": global_batch}
 
 
 def _with_facts(resolved: ResolvedConfig, config: Any) -> ResolvedConfig:

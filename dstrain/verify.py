@@ -158,6 +158,8 @@ def _check_named(args: Arguments) -> None:
         problems.append("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/zero2.json")
     if not (args.model.model_name_or_path or args.model.config_name):
         problems.append("no model is named: write --model_name_or_path M or --config_name C")
+    if args.model.adapter:
+        problems.append("verify compares whole models: leave the adapters out (docs/adapters.md has their own proof)")
     if problems:
         raise UserError(problems)
 

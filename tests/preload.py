@@ -1,6 +1,7 @@
 """What the fork server of `tests.forked` imports once for all ranks: the seconds that are the same for each."""
 
 import gc
+from contextlib import suppress
 
 import cpuinfo
 import deepspeed
@@ -20,7 +21,10 @@ import dstrain.monitor.monitor
 import dstrain.train
 from dstrain.launch.ops import ask_cpu_once
 
-__all__ = ["deepspeed", "dstrain", "transformers"]
+with suppress(ImportError):  # an extra
+    import peft
+
+__all__ = ["deepspeed", "dstrain", "peft", "transformers"]
 ask_cpu_once()
 cpuinfo.get_cpu_info()
 gc.freeze()

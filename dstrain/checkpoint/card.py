@@ -11,8 +11,9 @@ from dstrain.monitor.metrics import read_metrics
 from dstrain.monitor.progress import render_loss_curve
 
 
-def build_card(checkpoint: Path, manifest: Manifest, dtype: torch.dtype) -> str:
-    """README.md of the exported folder, with the header that the hub reads. dtype: of the exported weights.
+def build_card(checkpoint: Path, manifest: Manifest, dtype: torch.dtype, library: str = "transformers") -> str:
+    """README.md of the exported folder, with the header that the hub reads. dtype: of the exported weights. library:
+    the one that loads them.
 
     A checkpoint that lies in its run folder is told with the data, the flags and the curves of its run; one that was
     moved, with what its own manifest holds.
@@ -21,7 +22,7 @@ def build_card(checkpoint: Path, manifest: Manifest, dtype: torch.dtype) -> str:
     facts = _read_json(run_folder / "run.json")
     lines = [line for line in read_metrics(run_folder) if line.get("step", 0) <= manifest.contents["step"]]
     parts = [
-        _header(facts),
+        _header(facts, library),
         "# Model card\n\nTrained with dstrain.\n",
         _table("Result", _result(manifest, lines, facts)),
         _table("Data", facts.get("data", {})),
@@ -37,10 +38,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _header(facts: dict[str, Any]) -> str:
+def _header(facts: dict[str, Any], library: str) -> str:
     base = facts.get("arguments", {}).get("model_name_or_path")
     named = f"base_model: {json.dumps(base)}\n" if base else ""
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{named}tags:\n- dstrain\n---\n"
+    return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{named}tags:\n- dstrain\n---\n"
 
 
 def _result(manifest: Manifest, lines: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def _training(checkpoint: Path, manifest: Manifest, dtype: torch.dtype, facts: d
     contents = manifest.contents
     return {
         "parameters": facts.get("num_parameters"),
+        "of them trained": facts.get("num_trainable_parameters"),
         "weights": str(dtype).removeprefix("torch."),
         "layout": ", ".join(f"{key} {value}" for key, value in sorted(contents["layout"].items())),
         "optimizer": contents["engine"]["optimizer"],

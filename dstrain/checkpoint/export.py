@@ -2,6 +2,7 @@
 
     dstrain export runs/a out                      # the newest checkpoint of a run folder
     dstrain export runs/a/checkpoints/step_00000100 out --dtype fp32 --max_shard_size 2GB
+    dstrain export runs/a out --merge              # adapters added to their base, not beside it
 
 Streams one tensor at a time and needs neither DeepSpeed nor the ranks that wrote the checkpoint.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from dstrain.arguments import is_taken
+from dstrain.checkpoint.adapter_export import ADAPTER_CONFIG, base_of, write_adapter, write_merged
 from dstrain.checkpoint.card import build_card
 from dstrain.checkpoint.commit import MODEL_FILES
 from dstrain.checkpoint.files import Entry, write_bytes, write_safetensors
@@ -27,6 +29,8 @@ from dstrain.checkpoint.manifest import find_problems, read_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
 
+# transformers takes a folder that has these for a whole model, with or without adapters.
+BASE_FILES = ("config.json", "generation_config.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,15 +42,26 @@ def model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for adapter in getattr(model, "peft_config", {}).values():
+            adapter.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config["architectures"] = [type(model).__name__]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def export(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = 5 * 10**9) -> Path:
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    merge: bool = False,
+    base: str | None = None,
+) -> Path:
     """Write `out` from a whole checkpoint and return it. dtype: of floating weights; None: as the model computed.
 
+    Adapters become a folder of peft's, or with `merge` a whole model; base: where theirs is now, if not as in training.
     Raises UserError for a damaged checkpoint, one without the model's own files, or a folder that holds something.
     """
     if is_taken(out):
@@ -59,15 +74,30 @@ def export(checkpoint: Path, out: Path, *, dtype: str | None = None, max_shard_b
         raise UserError(
             f"{checkpoint} holds no {MODEL_FILES}/config.json: it was written without the model's own files"
         )
+    adapted = (checkpoint / MODEL_FILES / ADAPTER_CONFIG).is_file()
+    if (merge or base) and not adapted:
+        raise UserError(
+            f"{checkpoint} holds a whole model, and no adapters to merge: leave --merge and --base_model out"
+        )
     target = DTYPES[dtype] if dtype else getattr(torch, manifest.contents["layout"]["dtype"])
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(checkpoint / MODEL_FILES, temporary)
-        _set_dtype(temporary / "config.json", target)
-        _write_weights(CheckpointReader(checkpoint), temporary, target, max_shard_bytes)
-        write_bytes(temporary / "README.md", build_card(checkpoint, manifest, target).encode())
+        reader = CheckpointReader(checkpoint)
+        if merge:
+            base, sha256 = base or base_of(temporary), manifest.contents["identity"]["base"]
+            write_merged(_entries(reader, torch.float32), temporary, base, sha256, target, max_shard_bytes)
+        elif adapted:
+            for name in BASE_FILES:
+                (temporary / name).unlink(missing_ok=True)
+            write_adapter(_entries(reader, target), temporary)
+        else:
+            _set_dtype(temporary / "config.json", target)
+            _write_weights(reader, temporary, target, max_shard_bytes)
+        library = "peft" if adapted and not merge else "transformers"
+        write_bytes(temporary / "README.md", build_card(checkpoint, manifest, target, library).encode())
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)
@@ -145,10 +175,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="the folder to write; it must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of training)")
     parser.add_argument("--max_shard_size", default="5GB", help="of one file (default 5GB)")
+    parser.add_argument("--merge", action="store_true", help="add trained adapters to the weights of their base")
+    parser.add_argument("--base_model", help="with --merge: where the base is now, if not as in training")
 
 
 def run(args: argparse.Namespace) -> int:
     size = parse_size(args.max_shard_size)
-    out = export(find_checkpoint(args.checkpoint), Path(args.out), dtype=args.dtype, max_shard_bytes=size)
-    print(f"{out}: load it with transformers' AutoModelForCausalLM.from_pretrained")
+    if args.base_model and not args.merge:
+        raise UserError("--base_model is read with --merge only: add that, or leave it out")
+    out = export(
+        find_checkpoint(args.checkpoint),
+        Path(args.out),
+        dtype=args.dtype,
+        max_shard_bytes=size,
+        merge=args.merge,
+        base=args.base_model,
+    )
+    loader = "peft's PeftModel" if (out / ADAPTER_CONFIG).exists() else "transformers' AutoModelForCausalLM"
+    print(f"{out}: load it with {loader}.from_pretrained")
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dstrain.adapter import is_adapter
 from dstrain.checkpoint.cuts import Cut, find_cut
 
 _STAGE = re.compile(r"^\d+\.model\.")  # dstrain/models/pipeline_module.py: stage k is layer k, the model is inside it
@@ -64,6 +65,12 @@ class Named:
         parameters = {common_name(name): p for name, p in module.named_parameters()}
         cuts = {name: cut for name, p in parameters.items() if (cut := find_cut(name, p, tp_rank)) is not None}
         return cls(parameters, cuts)
+
+    @property
+    def stored(self) -> list[str]:
+        """What a checkpoint holds: with adapters only these, as the base is loaded from where it came from."""
+        adapters = [name for name in self.parameters if is_adapter(name)]
+        return adapters or list(self.parameters)
 
     def names(self) -> dict[int, str]:
         return {id(p): name for name, p in self.parameters.items()}
@@ -207,7 +214,10 @@ def _zero3(optimizer: Any, names: dict[int, str], changing: bool) -> Iterator[Sh
 
 @dataclass(frozen=True)
 class Rest:
-    """What no optimizer holds: this rank's part of a frozen parameter, or a buffer that the model keeps."""
+    """What no optimizer holds: this rank's part of a frozen parameter, or a buffer that the model keeps.
+
+    Neither is stored of a base with adapters: both are loaded from where it came from.
+    """
 
     kind: str  # "weight" or "buffer"
     fragment: Fragment
@@ -217,6 +227,8 @@ class Rest:
 
 
 def rest_of(module: nn.Module, named: Named) -> Iterator[Rest]:
+    if len(named.stored) < len(named.parameters):
+        return
     for name, parameter in named.parameters.items():
         if parameter.requires_grad:
             continue

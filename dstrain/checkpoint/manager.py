@@ -327,6 +327,7 @@ class CheckpointManager:
     def _load(self, path: Path) -> tuple[TrainState, dict[str, Any], list[str]]:
         contents, reader = read_manifest(path).contents, CheckpointReader(path)
         _check_optimizer(path, contents["engine"]["optimizer"], self.engine)
+        _check_base(path, contents, self.description)
         load_snapshot(self.engine, reader)
         notes = engine_state.restore(self.engine, contents["engine"])
         facts = reader.rank_facts(self.launch.rank)
@@ -363,6 +364,17 @@ def _check_optimizer(path: Path, saved: str, engine: Any) -> None:
         raise UserError(
             f"{path} holds the state of {saved}, the JSON asks for {own}: name that optimizer, or begin a new run from "
             "the weights (`dstrain export`, then --model_name_or_path)"
+        )
+
+
+def _check_base(path: Path, contents: dict[str, Any], description: dict[str, Any]) -> None:
+    """A checkpoint of adapters belongs to the very base that they were trained on."""
+    saved, own = (facts.get("identity", {}).get("base") for facts in (contents, description))
+    if saved is not None and own is not None and saved != own:
+        trained_on = contents["arguments"]["model_name_or_path"]
+        raise UserError(
+            f"{path} holds adapters of {trained_on} (weights {saved[:16]}), and --model_name_or_path names another "
+            f"model (weights {own[:16]}): name the one that they were trained on"
         )
 
 

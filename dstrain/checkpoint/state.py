@@ -208,7 +208,7 @@ def take_snapshot(engine: Any, memory: HostMemory) -> Snapshot:
 
 def _problems_with(reader: CheckpointReader, named: Named) -> Iterator[str]:
     stored = set(reader.names())
-    for name in named.parameters:
+    for name in named.stored:
         if name not in stored:
             yield f"{reader.folder} holds no parameter {name}: it is a checkpoint of another model"
         elif reader.shapes[name] != named.shape(name):

@@ -117,6 +117,14 @@ def tensor_parallel_plan(case: Case) -> Iterator[Repair]:
         yield Repair("tensor_parallel.partition_config", case.facts.partition_config, reason)
 
 
+def tensor_parallel_adapters(case: Case) -> Iterator[str]:
+    if case.dims.tp_size > 1 and case.facts.adapters:
+        yield (
+            "tensor_parallel.autotp_size above 1 does not know the layers of adapters: use zero_optimization.stage 3, "
+            "pipeline.stages or sequence_parallel_size, or leave --lora_rank or --peft_config out"
+        )
+
+
 def expert_parallel(case: Case) -> Iterator[str]:
     if case.get("expert_parallel.enabled") is True:
         yield (
@@ -159,6 +167,7 @@ RULES: tuple[Rule, ...] = (
     tensor_parallel_keys,
     tensor_parallel_head,
     tensor_parallel_plan,
+    tensor_parallel_adapters,
     expert_parallel,
     sequence_parallel_type,
     sequence_parallel_average,

@@ -16,6 +16,7 @@ from transformers import (
 from dstrain.arguments import ModelArguments
 from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
+from dstrain.models.adapters import add_adapters
 from dstrain.models.config import CONFIG_ERRORS, check_block_size, check_vocabulary, load_model_config, one_line
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pretrained import find_checkpoint, load
@@ -88,20 +89,19 @@ def build_model(
     """Build the model in training mode, with parameters in `dtype` on `device` (default: CPU).
 
     From scratch, the weights are a function of (seed, parameter name): equal at every stage and world size. Pretrained,
-    rank 0 reads each tensor once and sends it. zero3_config: the DeepSpeed configuration when its stage is 3; the
-    parameters are then partitioned unit by unit, so that no rank ever holds the whole model. A collective where there
-    is a process group. Raises UserError for what the user can mend, on every rank.
+    rank 0 reads each tensor once and sends it, and adapters come behind. zero3_config: the DeepSpeed configuration when
+    its stage is 3; the parameters are then partitioned unit by unit, so that no rank ever holds the whole model. A
+    collective where there is a process group. Raises UserError for what the user can mend, on every rank.
     """
     partition = _Partitioner(zero3_config) if zero3_config else None
     if margs.model_name_or_path:
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(
-                f"{margs.model_name_or_path} holds quantized weights: name the unquantized model to train it"
-            )
+        refuse_quantized(margs, config)
         checkpoint = find_checkpoint(margs.model_name_or_path)
         model = build_skeleton(margs, config, dtype)
         load(model, checkpoint, dtype, partition)
         _take_generation_config(model, margs.model_name_or_path)
+        if margs.adapter:
+            add_adapters(model, margs, seed=seed, dtype=dtype, partition=partition)
     else:
         model = build_skeleton(margs, config, torch.float32)
         initialise(model, seed, dtype, partition)
@@ -109,6 +109,15 @@ def build_model(
     save_activations(model, margs)
     model.train()
     return _to_device(model, device or torch.device("cpu"), partitioned=partition is not None)
+
+
+def refuse_quantized(margs: ModelArguments, config: PreTrainedConfig) -> None:
+    """Raises UserError for a base in 4 or 8 bits, with adapters (QLoRA) or without."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{margs.model_name_or_path} holds quantized weights, and neither they nor adapters beside them (QLoRA) "
+            "can be trained here: name the unquantized model"
+        )
 
 
 def save_activations(model: PreTrainedModel, margs: ModelArguments) -> None:

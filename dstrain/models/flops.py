@@ -6,7 +6,8 @@ forward and backward, without a discount for the causal mask, and without recomp
 N: parameters without embeddings that are only looked up (input and position embeddings); a tied embedding counts once,
 as the head. Of routed experts those count that a token visits. L: layers with attention, H: heads, Q: width of a head
 (where queries and values differ, as in latent attention, their mean), S: sequence length, or the window where it is
-shorter. Layers without attention (state space, convolution) add nothing beyond 6 N.
+shorter. Layers without attention (state space, convolution) add nothing beyond 6 N. Frozen parameters count 4 in place
+of 6: they get no gradient.
 """
 
 from typing import Any
@@ -23,9 +24,10 @@ def _size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Number of parameters, each tied one once; whole sizes also where ZeRO-3 has partitioned them."""
-    return sum(_size(p) for p in model.parameters())
+def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of parameters (only of those that are trained), each tied one once; whole sizes also where ZeRO-3 has
+    partitioned them."""
+    return sum(_size(p) for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:
@@ -42,8 +44,8 @@ def _layer_configs(config: Any) -> list[Any]:
     return list(layers) if layers else [config] * getattr(config, "num_hidden_layers", 0)
 
 
-def active_parameters(model: nn.Module) -> float:
-    """N of the formula above."""
+def active_parameters(model: nn.Module, *, frozen: bool = False) -> float:
+    """N of the formula above, or the frozen ones among them."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     kept = id(head.weight) if head is not None else None
@@ -57,7 +59,8 @@ def active_parameters(model: nn.Module) -> float:
         if "shared" not in name
         for p in module.parameters()
     }
-    sizes = {id(p): _size(p) for p in model.parameters() if id(p) not in looked_up}
+    counted = [p for p in model.parameters() if id(p) not in looked_up and not (frozen and p.requires_grad)]
+    sizes = {id(p): _size(p) for p in counted}
     return sum(size * (share if key in routed else 1.0) for key, size in sizes.items())
 
 
@@ -80,4 +83,4 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     kinds = kinds or ["full_attention"] * len(layers)
     attention = sum(_attention_flops(layer, seq_len, kind) for layer, kind in zip(layers, kinds, strict=False))
-    return 6.0 * active_parameters(model) + attention
+    return 6.0 * active_parameters(model) - 2.0 * active_parameters(model, frozen=True) + attention

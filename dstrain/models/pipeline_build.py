@@ -7,7 +7,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dstrain.arguments import ModelArguments
 from dstrain.errors import UserError
-from dstrain.models.build import build_skeleton, save_activations
+from dstrain.models.adapters import add_stage_adapters
+from dstrain.models.build import build_skeleton, refuse_quantized, save_activations
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
 from dstrain.models.pipeline_module import PipeStage, PipeStages
@@ -41,10 +42,13 @@ def build_stage(
     model = build_skeleton(margs, config, torch.float32)
     plan = plan_pipeline(model, num_stages)
     if margs.model_name_or_path:
+        refuse_quantized(margs, config)
         model = _load_own(type(model), margs, plan, index, dtype)
     stage = PipeStage(model, plan, index, whole=build_skeleton(margs, config, dtype))
     if not margs.model_name_or_path:
         initialise(model, seed, dtype, None)
+    if margs.adapter:
+        add_stage_adapters(stage, margs, seed=seed, dtype=dtype)
     model.config.dtype = dtype
     save_activations(model, margs)
     stage.train()

@@ -228,7 +228,7 @@ def _join_tied(stages: PipeStages, dims: ParallelDims, rank: int) -> list[tuple[
             if rank in ranks:
                 groups[pipe_ranks] = group
     for name, at in holders.items():
-        if name in own and len(at) > 1:
+        if name in own and own[name].requires_grad and len(at) > 1:
             own[name].ds_pipe_replicated = dims.pp_rank(rank) != at[0]  # counted once in the gradient's norm
             found.append((_Gradient(own[name]), groups[at]))
     return found

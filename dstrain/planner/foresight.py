@@ -1,5 +1,6 @@
 """What train.py does with the planner: predict at the start, refuse what cannot fit, compare at the end."""
 
+import json
 import os
 import socket
 import statistics
@@ -162,11 +163,14 @@ def problems_of(found: dict[str, Any], name: str, ranks: int, host: Limit, own: 
 
 def foresee(args: Arguments, config: Any, resolved: ResolvedConfig, block_size: int) -> Foresight:
     """Begin to predict, on rank 0, in a process of its own. Before anything touches an accelerator."""
+    adapter = args.model.adapter
+    if adapter:
+        import_module("peft")
     # What building the model and its engine imports is the libraries', not the model's: it is counted as such.
     model_class_of(config)
     if resolved.zero_stage:
         import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # and with it torch._dynamo: 45 MiB more
-    flags = _flags(args, block_size)
+    flags = _flags(args, block_size, json.dumps(adapter) if adapter else None)
     launch, quiet = Launch.from_environment(), forecast.Forecast()
     if not launch.is_main:
         return Foresight(quiet, config, resolved, flags)
@@ -176,7 +180,7 @@ def foresee(args: Arguments, config: Any, resolved: ResolvedConfig, block_size: 
     return Foresight(begun, config, resolved, flags)
 
 
-def _flags(args: Arguments, block_size: int) -> Any:
+def _flags(args: Arguments, block_size: int, adapter: str | None) -> Any:
     from dstrain.planner.memory import Flags
 
     return Flags(
@@ -186,6 +190,7 @@ def _flags(args: Arguments, block_size: int) -> Any:
         attn_implementation=args.model.attn_implementation,
         # Without --max_steps the length is not known yet: it is taken to be long.
         saves_on_the_way=args.run.save_steps > 0 and not 0 < args.run.max_steps <= args.run.save_steps,
+        adapter=adapter,
     )
 
 

@@ -32,7 +32,7 @@ class Flags:
     """What train.py's flags and other facts of a run add to its configuration.
 
     saves_on_the_way: a background checkpoint keeps a copy of masters and moments in host memory. loss: "fused", or
-    "model" for a trainer that takes the model's own loss.
+    "model" for a trainer that takes the model's own loss. adapter: settings of adapters, as JSON.
     """
 
     block_size: int
@@ -41,6 +41,7 @@ class Flags:
     attn_implementation: str | None = None
     saves_on_the_way: bool = False
     loss: str = "fused"
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def setting_of(resolved: ResolvedConfig, flags: Flags, on_cpu: bool) -> Setting:
         loss=flags.loss,
         attn_implementation=flags.attn_implementation,
         on_cpu=on_cpu,
+        adapter=flags.adapter,
     )
 
 
@@ -128,7 +130,7 @@ def predict_memory(
         host=host,
         pinned_gib=states.pinned * ranks_per_host / GIB,
         nvme_gib=states.nvme * ranks_per_host / GIB,
-        checkpoint_gib=shape.num_parameters * (4.0 + case.moments) / GIB,
+        checkpoint_gib=shape.num_trained * (4.0 + case.moments) / GIB,
         phase=phase,
         stage=stage,
     )

@@ -1,6 +1,7 @@
 """How many parameters each rank holds before ZeRO divides them: the real model on the meta device, cut as the run cuts
 it."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from torch import nn
 
 from dstrain.arguments import ModelArguments
 from dstrain.engine import decoder_layers
+from dstrain.models.adapters import inject, lora_layers, trained
 from dstrain.models.build import build_skeleton
 from dstrain.models.pipeline import plan_stages
 from dstrain.models.pipeline_probe import probe_layers
@@ -24,7 +26,8 @@ WHOLE = PipePlacement(pp_size=1)
 class Part:
     """What one pipeline rank (without a pipeline: every rank) holds, in elements, after tensor parallelism.
 
-    sizes: of each parameter. layer: of one decoder layer, the largest. first, last: has the embedding, has the head.
+    sizes: of each parameter that is trained. frozen: of each that is not. layer: of one decoder layer, the largest.
+    first, last: has the embedding, has the head.
     """
 
     sizes: tuple[int, ...]
@@ -32,13 +35,24 @@ class Part:
     num_layers: int
     first: bool
     last: bool
+    frozen: tuple[int, ...] = ()
 
     @cached_property
     def elements(self) -> int:
+        """That are trained: they have gradients, masters and moments."""
         return sum(self.sizes)
 
     @cached_property
+    def held(self) -> int:
+        return sum(self.sizes) + sum(self.frozen)
+
+    @cached_property
     def largest(self) -> int:
+        """Of all, trained or not."""
+        return max(self.sizes + self.frozen)
+
+    @cached_property
+    def largest_trained(self) -> int:
         return max(self.sizes)
 
 
@@ -48,6 +62,7 @@ class ModelShape:
     def __init__(self, config: Any, margs: ModelArguments):
         self.config = config
         self.model = build_skeleton(margs, config, torch.bfloat16)
+        self.adapter = margs.adapter
         self._parts: dict[tuple[PipePlacement, int], list[Part]] = {}
 
     @cached_property
@@ -55,9 +70,22 @@ class ModelShape:
         """Parameter name -> elements; a tied one has one name."""
         return {name: p.numel() for name, p in self.model.named_parameters()}
 
+    @cached_property
+    def adapters(self) -> list[tuple[str, int]]:
+        """(name of the weight beside which it is, elements) of each matrix of an adapter."""
+        if self.adapter is None:
+            return []
+        adapted = copy.deepcopy(self.model)
+        inject(adapted, self.adapter)
+        return [(f"{name}.weight", p.numel()) for name, m in lora_layers(adapted) for p in trained(m)]
+
     @property
     def num_parameters(self) -> int:
-        return sum(self.sizes.values())
+        return sum(self.sizes.values()) + sum(size for _, size in self.adapters)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(size for _, size in self.adapters) or self.num_parameters
 
     @cached_property
     def num_layers(self) -> int:
@@ -93,9 +121,11 @@ class ModelShape:
         for rank in range(placement.pp_size):
             stages = placement.stages(rank)
             held = frozenset[str]().union(*(names[k] for k in stages))
+            whole = tuple(sizes[name] for name in held)
             found.append(
                 Part(
-                    sizes=tuple(sizes[name] for name in held),
+                    sizes=tuple(size for name, size in self.adapters if name in held) or whole,
+                    frozen=whole if self.adapter else (),
                     layer=layer,
                     num_layers=sum(bounds[k + 1] - bounds[k] for k in stages),
                     first=0 in stages,

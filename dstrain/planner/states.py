@@ -53,6 +53,11 @@ class Case:
         return self.part.elements
 
     @property
+    def parameters(self) -> float:
+        """Bytes of all parameters, trained or not."""
+        return float(self.width * self.part.held)
+
+    @property
     def width(self) -> int:
         """Bytes of one parameter."""
         return 4 if self.resolved.precision == "fp32" else 2
@@ -90,9 +95,9 @@ class Case:
         value = get_value(self.resolved.deepspeed, f"zero_optimization.{key}")
         return default if value is None or isinstance(value, str) else value
 
-    def swapped(self, width: float) -> float:
+    def swapped(self, width: float, sizes: tuple[int, ...]) -> float:
         """Bytes of this rank's part of what has so many bytes a parameter and is large enough for a disk."""
-        shares = (width * size / self.ranks for size in self.part.sizes)
+        shares = (width * size / self.ranks for size in sizes)
         return sum(share for share in shares if share >= MIN_AIO_BYTES)
 
     def bucket(self, touched: float) -> float:
@@ -118,9 +123,9 @@ def _plain(case: Case) -> States:
     """Stage 0 in fp32: gradients stay in `.grad`; `allreduce_bucket` copies them flat, `MEMORY_OPT_ALLREDUCE_SIZE` at a
     time."""
     gradients = float(case.width * case.elements)
-    flat = case.width * min(case.elements, REDUCE_BUCKET + case.part.largest)
+    flat = case.width * min(case.elements, REDUCE_BUCKET + case.part.largest_trained)
     return States(
-        base={"parameters": gradients, "optimizer": case.moments * case.elements},
+        base={"parameters": case.parameters, "optimizer": case.moments * case.elements},
         phases={
             "forward": {"gradients": gradients if case.accumulates else 0.0},
             "backward": {"gradients": gradients if case.accumulates else 0.0},
@@ -136,7 +141,7 @@ def _bf16_optimizer(case: Case) -> States:
     tensor, so that no bucket limits the copy that is reduced (`allreduce_bucket`): fp32, then bf16."""
     return States(
         base={
-            "parameters": 2.0 * case.elements,
+            "parameters": case.parameters,
             "gradients": 4.0 * case.elements,
             "optimizer": (4.0 + case.moments) * case.share,
         },
@@ -159,7 +164,7 @@ def _stage12(case: Case) -> States:
     bucket = 0.0 if case.on_cpu else touched * buffers
     own = 4.0 * case.share  # this rank's gradients, in fp32
     kept = (own if stage2 else whole) if case.accumulates else 0.0
-    result = States(base={"parameters": whole}, phases={})
+    result = States(base={"parameters": case.parameters}, phases={})
     optimizer = (4.0 + case.moments) * case.share
     copy = case.reduced_width * min(case.elements, case.zero("reduce_bucket_size", REDUCE_BUCKET))
     if case.reduced_width != width:
@@ -172,8 +177,8 @@ def _stage12(case: Case) -> States:
         "step": {"gradients": own + (own if width == 4 else 0.0), "communication": _gloo(case, whole)},
     }
     if case.resolved.offload_optimizer:
-        _offload(case, result, optimizer + own + width * case.share + width * case.part.largest)
-        result.base["communication"] = width * float(case.part.largest)
+        _offload(case, result, optimizer + own + width * case.share + width * case.part.largest_trained)
+        result.base["communication"] = width * float(case.part.largest_trained)
         if not stage2 or case.accumulates is False:
             result.phases["step"]["gradients"] = own if stage2 else whole
     else:
@@ -183,12 +188,12 @@ def _stage12(case: Case) -> States:
 
 def _stage3(case: Case) -> States:
     """Stage 3: a part of everything, and what is gathered: a module's parameters and those that are fetched ahead."""
-    width, own = case.width, 4.0 * case.share
+    width, own, held = case.width, 4.0 * case.share, case.part.held
     live = case.zero("stage3_max_live_parameters", MAX_LIVE)
-    prefetch = min(case.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET), case.elements)
-    gathered = width * float(min(case.elements, case.part.largest + prefetch, live + case.part.largest))
+    prefetch = min(case.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET), held)
+    gathered = width * float(min(held, case.part.largest + prefetch, live + case.part.largest))
     if not case.on_cpu:  # gathered on a stream of its own, whose memory no other stream gets
-        gathered = max(gathered, width * float(min(case.elements, live)))
+        gathered = max(gathered, width * float(min(held, live)))
     elif width * case.part.largest < MOST_ON_HEAP:  # it comes and goes in both passes, each time to a new place
         gathered += 2 * width * case.part.largest
     # Gradients go into a bucket, in the dtype in which they are reduced; `reduce_scatter_coalesced` sorts them by rank
@@ -200,7 +205,7 @@ def _stage3(case: Case) -> States:
     # gloo gathers into a tensor of its own; a small one stays with the heap of the thread that did it.
     gathers = _gloo(case, width * float(prefetch))
     result = States(base={"communication": bucket_of + (gathers if gathers < MOST_ON_HEAP else 0.0)})
-    parameters = width * case.share
+    parameters = case.parameters / case.ranks
     if case.resolved.offload_param:
         _place(case, result, case.resolved.offload_param, "parameters", parameters, NVME_PARAM_BUFFERS)
     else:
@@ -216,7 +221,7 @@ def _stage3(case: Case) -> States:
     step = 0.0 if case.resolved.offload_optimizer else 4.0 * min(case.share, SUB_GROUP)
     # On an accelerator gradients are reduced on another stream while the backward pass goes on: the largest waits, and
     # what the reduction allocates is that stream's.
-    waiting = 0.0 if case.on_cpu else width * float(case.part.largest)
+    waiting = 0.0 if case.on_cpu else width * float(case.part.largest_trained)
     other = 0.0 if case.on_cpu else copy + received
     result.phases |= {
         "forward": {"gathered": gathered, "communication": other},
@@ -241,7 +246,7 @@ def _place(case: Case, result: States, device: str | None, name: str, size: floa
     block = "offload_optimizer" if name == "optimizer" else "offload_param"
     if device == "nvme" and name == "optimizer":
         states = (4.0 + case.moments) * case.share  # one flat tensor each
-        result.nvme += states + case.swapped(4.0)  # and gradients
+        result.nvme += states + case.swapped(4.0, case.part.sizes)  # and gradients
         size = case.zero(f"{block}.buffer_count", buffers) * case.share * 4.0
         save = {"checkpoint": states + 4.0 * case.share}  # the last checkpoint has them in memory, and a buffer
         if case.on_cpu:
@@ -249,7 +254,7 @@ def _place(case: Case, result: States, device: str | None, name: str, size: floa
         else:
             result.host |= save
     elif device == "nvme":
-        result.nvme += case.swapped(case.width)
+        result.nvme += case.swapped(case.width, case.part.sizes + case.part.frozen)
         # Made whole, however small the model (swap_tensor/partitioned_param_swapper.py).
         size = case.zero(f"{block}.buffer_count", buffers) * case.zero(f"{block}.buffer_size", NVME_BUFFER) * case.width
     where = result.base if case.on_cpu else result.host

@@ -48,7 +48,8 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
         trace = trace + activations.outside
     ranks = dims.dp_size * dims.sp_size
     width = 4.0 if resolved.precision == "fp32" else 2.0
-    share = part.elements / (ranks if resolved.zero_stage else 1)
+    divided_by = ranks if resolved.zero_stage else 1
+    share = part.elements / divided_by
     compute = resolved.autocast_dtype or resolved.precision
     return Work(
         precision={"bfloat16": "bf16", "float16": "fp16"}.get(compute, compute),
@@ -59,20 +60,21 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
         update_traffic=share * (7 * 4.0 + width),
         update_on_host=bool(resolved.offload_optimizer),
         host_traffic=(2 * width * share if resolved.offload_optimizer else 0.0)
-        + (2 * width * share * micro_batches if resolved.offload_param else 0.0),
-        sent=_sent(resolved, part.elements * width, ranks, micro_batches),
+        + (2 * width * part.held / divided_by * micro_batches if resolved.offload_param else 0.0),
+        sent=_sent(resolved, part.elements * width, part.held * width, ranks, micro_batches),
         within=_sent_within(shape, resolved, part.num_layers, block_size, width) * micro_batches,
         messages=_messages(shape, resolved, part.num_layers) * micro_batches,
         bubble=(micro_batches + dims.pp_size - 1) / micro_batches,
     )
 
 
-def _sent(resolved: ResolvedConfig, parameters: float, ranks: int, micro_batches: int) -> float:
-    """Of gradients and parameters, by the ring: (n - 1) / n of the whole for each half of an all-reduce."""
-    ring = parameters * (ranks - 1) / ranks
+def _sent(resolved: ResolvedConfig, trained: float, held: float, ranks: int, micro_batches: int) -> float:
+    """Of gradients and parameters, by the ring: (n - 1) / n of the whole for each half of an all-reduce. trained, held:
+    bytes of the parameters that get gradients, and of all."""
+    ring, gathered = trained * (ranks - 1) / ranks, held * (ranks - 1) / ranks
     stage = resolved.zero_stage
     if stage == 3:  # gathered in both passes, gradients scattered, for every micro-batch
-        return 3 * ring * micro_batches
+        return (2 * gathered + ring) * micro_batches
     if stage == 2:  # DeepSpeed reduces its buckets by all-reduce, for every micro-batch; then gathers
         return 2 * ring * micro_batches + ring
     return 2 * ring + (ring if stage else 0.0)

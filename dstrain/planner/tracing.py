@@ -8,6 +8,7 @@ give any depth: a 70 B model costs what a small one does. The only file that tou
 return: the fused loss asks which tokens are labels.)
 """
 
+import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dstrain.arguments import ModelArguments
 from dstrain.models import cross_entropy
+from dstrain.models.adapters import inject
 from dstrain.models.build import build_skeleton, save_activations
 from dstrain.models.loss import install_fused_loss, token_loss
 
@@ -73,7 +75,7 @@ class Setting:
     """What a trace depends on beside the model. dtype: of parameters; compute: of the matmuls (autocast), or the same.
 
     tp_size cuts the parameters that transformers' plan cuts. loss: "fused" is dstrain's own; "model" is the model's, as
-    other trainers use it.
+    other trainers use it. adapter: the settings of adapters (`ModelArguments.adapter`) as JSON.
     """
 
     micro_batch: int
@@ -86,6 +88,7 @@ class Setting:
     loss: str = "fused"
     attn_implementation: str | None = None
     on_cpu: bool = True
+    adapter: str | None = None
 
 
 class _Counter(TorchDispatchMode):
@@ -186,6 +189,9 @@ def trace_once(config: Any, setting: Setting) -> Trace:
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_skeleton(margs, config, setting.dtype)
+        if setting.adapter:
+            with unset_fake_temporarily():  # peft moves what it makes to the meta device in place
+                inject(model, json.loads(setting.adapter))
         _materialise(model, setting)
         save_activations(model, margs)
         model.train()
@@ -198,7 +204,7 @@ def trace_once(config: Any, setting: Setting) -> Trace:
         head.register_forward_pre_hook(lambda *_: setattr(counter, "place", "loss"))
         if setting.loss == "fused":  # the model's own loss comes after its head
             head.register_forward_hook(lambda *_: setattr(counter, "place", "model"))
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         autocast = torch.autocast("cpu", setting.compute, enabled=setting.compute != setting.dtype)
         with counter, autocast, _block_size(setting.on_cpu):
@@ -247,7 +253,8 @@ def _materialise(model: nn.Module, setting: Setting) -> None:
                 cut = cuts.get(f"{name}.{key}")
                 if cut is not None:
                     shape[cut] = -(-shape[cut] // setting.tp_size)
-                made[id(parameter)] = nn.Parameter(torch.empty(shape, dtype=setting.dtype))
+                values = torch.empty(shape, dtype=setting.dtype)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             if parameter is not None:
                 module._parameters[key] = made[id(parameter)]
         for key, buffer in list(module._buffers.items()):

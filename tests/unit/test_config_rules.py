@@ -163,6 +163,7 @@ def test_refused(changes, words):
 
 
 ON_CPU = RunFacts(device="cpu", device_supports_fp16=False, device_supports_bf16=True, has_libaio=False, samples=True)
+TP_WITH_ADAPTERS = ({"tensor_parallel.autotp_size": 2, STAGE: 1}, RunFacts(adapters=True))
 NVME = {STAGE: 3, OFFLOAD: "nvme", "zero_optimization.offload_optimizer.nvme_path": "/x"}
 REFUSED_ON_A_CPU = [
     (FP16, "fp16 is not supported by this CPU"),
@@ -181,6 +182,11 @@ def test_refused_on_this_device(changes, words):
     with pytest.raises(UserError) as refusal:
         resolve_config(configuration(changes), world_size=4, facts=ON_CPU)
     assert [problem for problem in refusal.value.problems if words in problem], refusal.value.problems
+
+
+def test_tensor_parallelism_refuses_adapters():
+    with pytest.raises(UserError, match="does not know the layers of adapters"):
+        resolve_config(configuration(TP_WITH_ADAPTERS[0]), world_size=4, facts=TP_WITH_ADAPTERS[-1])
 
 
 REPAIRED = [
@@ -285,6 +291,7 @@ def test_every_rule_has_a_case_here(monkeypatch):
     for changes, *_, facts in [
         *((*row, None) for row in (*REFUSED, *REPAIRED)),
         *((*row, ON_CPU) for row in REFUSED_ON_A_CPU),
+        TP_WITH_ADAPTERS,
     ]:
         try:
             resolve_config(configuration(changes), world_size=4, facts=facts or RunFacts())

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "dstrain"
 # A room may import a room of a lower number. A new room is entered here.
 LEVELS = {
     "errors": 0,
-    "contradictions": 0.5,
+    "adapter": 0.5,
+    "contradictions": 0.6,
     **dict.fromkeys(["arguments", "parallel"], 1),
     "config": 2,
     **dict.fromkeys(["distributed", "phases"], 3),
@@ -34,7 +35,7 @@ LEVELS = {
     **dict.fromkeys(["train", "cli"], 9),
 }
 ONE_ROOM = {"pipe_engine": "engine"}  # the two engines, in two files
-LIGHT = ("errors", "contradictions", "arguments", "parallel", "config", "run_folder")
+LIGHT = ("errors", "adapter", "contradictions", "arguments", "parallel", "config", "run_folder")
 HEAVY = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 

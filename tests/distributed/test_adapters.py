@@ -1,0 +1,115 @@
+"""LoRA in real processes: the numbers of plain peft under ZeRO-3 and a pipeline, checkpoints without base, exports."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dstrain.adapter import is_adapter
+from dstrain.checkpoint.export import export
+from dstrain.checkpoint.manifest import read_manifest
+from dstrain.checkpoint.reshape import CheckpointReader
+from dstrain.errors import UserError
+from tests import adapters as ad
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return ad.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def zero3(base, tmp_path_factory):
+    """A run at ZeRO-3 on two ranks with its export: (flags, result)."""
+    folder = tmp_path_factory.mktemp("zero3") / "run"
+    argv = ad.flags(folder, base, "AdamW", "--export", "--save_steps", "10", zero_optimization={"stage": 3})
+    return argv, ad.train(folder, argv, ranks=2).check()
+
+
+def test_zero3_equals_plain_peft(zero3):
+    from safetensors.torch import load_file
+
+    argv, result = zero3
+    losses, adapters, _ = ad.plain_peft(argv, "AdamW")
+    assert losses[-1] < losses[0] - 0.1
+    assert ad.relative(result.losses(), losses) <= 1e-5
+    exported = load_file(result.run_dir / "export" / "adapter_model.safetensors")
+    assert ad.largest_difference(exported, adapters) <= 1e-4
+    facts = result.run_json()
+    assert facts["num_trainable_parameters"] == sum(v.numel() for v in adapters.values())
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(argv[3]).parameters())
+    assert facts["num_parameters"] == whole + facts["num_trainable_parameters"]
+
+
+def test_a_checkpoint_holds_adapters_only(zero3, base):
+    _, result = zero3
+    folder = result.run_dir / "checkpoints" / f"step_{ad.STEPS:08d}"
+    reader, manifest = CheckpointReader(folder), read_manifest(folder)
+    assert reader.names() and all(is_adapter(name) for name in reader.names())
+    stored = sum(torch.Size(reader.shapes[name]).numel() for name in reader.names())
+    assert stored == result.run_json()["num_trainable_parameters"]
+    assert manifest.contents["arguments"]["model_name_or_path"] == str(base)
+    assert len(manifest.contents["identity"]["base"]) == 64
+    tensors = sum(path.stat().st_size for path in folder.glob("rank_*"))
+    assert 12 * stored < tensors < 12 * stored + 6 * 16384  # masters, two moments, and a header of each file
+
+
+def test_exports_give_the_same_logits_beside_and_in_the_base(zero3, base, tmp_path):
+    _, result = zero3
+    beside = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), result.run_dir / "export")
+    again = AutoModelForCausalLM.from_pretrained(result.run_dir / "export")  # by transformers' own door
+    checkpoint = result.run_dir / "checkpoints" / f"step_{ad.STEPS:08d}"
+    merged = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "merged", merge=True))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert (ad.logits(plain) - ad.logits(beside)).abs().max() > 1e-2
+    assert torch.equal(ad.logits(again), ad.logits(beside))
+    torch.testing.assert_close(ad.logits(merged), ad.logits(beside), rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    other = ad.write_base(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="other has other weights than the model of these adapters"):
+        export(checkpoint, tmp_path / "wrong", merge=True, base=str(other))
+
+
+def test_a_pipeline_goes_on_from_it_and_gives_the_same_curve(zero3, base, tmp_path):
+    """From the middle of the ZeRO-3 run: stages read what is theirs, and load their own part of the base."""
+    _, result = zero3
+    middle = result.run_dir / "checkpoints" / "step_00000010"
+    more = ("--resume_from_checkpoint", str(middle))
+    argv = ad.flags(tmp_path / "run", base, "AdamW", *more, pipeline={"stages": 2})
+    resumed = ad.train(tmp_path / "run", argv, ranks=2).check()
+    assert ad.relative(resumed.losses(), result.losses()[10:]) <= 1e-5
+    assert resumed.run_json()["num_trainable_parameters"] == result.run_json()["num_trainable_parameters"]
+
+
+LAYOUTS = {
+    "zero0": {},
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1},
+    "zero3_offloaded": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+    "pp2": {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2},
+    "sp2": {"sequence_parallel_size": 2, "zero_optimization": {"stage": 3}},
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_every_layout_gives_the_same_curve(zero3, base, tmp_path, name):
+    argv = ad.flags(tmp_path / "run", base, "AdamW", "--gradient_checkpointing", **LAYOUTS[name])
+    assert ad.relative(ad.train(tmp_path / "run", argv, ranks=2).check().losses(), zero3[1].losses()) <= 1e-5
+
+
+def test_another_base_is_refused(zero3, tmp_path):
+    argv, result = zero3
+    other = ad.write_base(tmp_path / "other", seed=1)
+    middle = result.run_dir / "checkpoints" / "step_00000010"
+    flags = ad.flags(tmp_path / "run", other, "AdamW", "--resume_from_checkpoint", str(middle))
+    refused = ad.train(tmp_path / "run", flags, ranks=1).check(2)
+    assert "names another model" in refused.stderr
+    argv = [str(other) if word == argv[3] else word for word in argv]
+    refused = ad.train(result.run_dir, argv, ranks=1).check(2)
+    assert "holds a run with another base" in refused.stderr
+    assert json.loads((result.run_dir / "run.json").read_text())["identity"]["base"]

@@ -1,0 +1,229 @@
+"""Adapters without a run: flags and files, initial weights, what cannot have one, flops, the prediction of memory."""
+
+import json
+from dataclasses import replace
+from functools import cache, partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dstrain.adapter
+from dstrain.adapter import is_adapter
+from dstrain.arguments import ModelArguments, parse_arguments
+from dstrain.checkpoint.manager import _check_base
+from dstrain.config import RunFacts, resolve_config
+from dstrain.errors import UserError
+from dstrain.models.adapters import weights_sha256
+from dstrain.models.build import build_model, load_model_config
+from dstrain.models.flops import active_parameters, flops_per_token
+from dstrain.models.pipeline_build import build_stage
+from dstrain.planner.memory import Flags, predict_memory, setting_of
+from dstrain.planner.platform_costs import CPU
+from dstrain.planner.shape import ModelShape
+from dstrain.planner.tracing import trace_activations
+from dstrain.prepare import read_configuration
+from tests.adapters import write_base
+
+pytest.importorskip("peft")
+MODEL = ("--model_name_or_path", "m")
+
+
+def parse(*flags: str) -> ModelArguments:
+    return parse_arguments([*MODEL, *flags]).model
+
+
+def test_flags_and_their_defaults():
+    assert parse().adapter is None
+    assert parse("--lora_rank", "4").adapter == {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+    }
+    more = ("--lora_alpha", "4", "--lora_dropout", "0.1", "--lora_target_modules", "v", "--lora_target_modules", "q")
+    assert parse("--lora_rank", "4", *more).adapter == {
+        "r": 4,
+        "lora_alpha": 4,
+        "lora_dropout": 0.1,
+        "target_modules": ["q", "v"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((*MODEL, "--lora_alpha", "4"), "--lora_alpha is for adapters: add --lora_rank"),
+        ((*MODEL, "--lora_target_modules", "q_proj"), "--lora_target_modules is for adapters: add --lora_rank"),
+        (("--config_name", "c", "--lora_rank", "4"), "pretrained model: name it with --model_name_or_path"),
+        ((*MODEL, "--lora_rank", "0"), "the smallest value is 1"),
+        ((*MODEL, "--lora_rank", "4", "--lora_dropout", "1"), "write a number below 1"),
+        ((*MODEL, "--lora_rank", "4", "--peft_config", "x.json"), "--peft_config and --lora_rank are both given"),
+        ((*MODEL, "--lora_dropout", "0.1", "--peft_config", "x"), "--peft_config and --lora_dropout are both given"),
+        ((*MODEL, "--peft_config", "missing.json"), "missing.json cannot be read"),
+        (
+            (*MODEL, "--lora_rank", "4", "--lora_target_modules", "all-linear", "--lora_target_modules", "q"),
+            "all-linear and names of modules are both given",
+        ),
+    ],
+)
+def test_contradictions_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse_arguments(list(flags))
+
+
+def test_without_peft_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(dstrain.adapter, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as refusal:
+        parse("--lora_rank", "4")
+    assert refusal.value.problems == ["adapters need the package peft, which is not installed: pip install peft"]
+
+
+def test_tensor_parallelism_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "ds.json").write_text(
+        '{"train_batch_size": 4, "optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 2},'
+        ' "zero_optimization": {"stage": 1}}'
+    )
+    flags = ("--deepspeed_config", str(tmp_path / "ds.json"), "--output_dir", str(tmp_path / "run"))
+    read_configuration(parse_arguments([*MODEL, *flags]))
+    with pytest.raises(UserError, match="autotp_size above 1 does not know the layers of adapters"):
+        read_configuration(parse_arguments([*MODEL, *flags, "--lora_rank", "4"]))
+
+
+def test_a_file_that_peft_wrote(tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    settings = parse("--peft_config", str(tmp_path / "adapter_config.json")).adapter
+    assert settings is not None
+    assert {name: settings[name] for name in ("r", "lora_alpha", "target_modules")} == {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, "is no LoRA"),
+        ({"task_type": "SEQ_CLS"}, "write CAUSAL_LM"),
+        ({"r": 0}, "a rank of at least 1"),
+        ({"init_lora_weights": "pissa"}, "write true or gaussian"),
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save .* is not supported"),
+    ],
+)
+def test_what_a_file_may_not_ask(changes, words, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, **changes}))
+    with pytest.raises(UserError, match=words):
+        parse("--peft_config", str(path))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def margs(base):
+    return ModelArguments(model_name_or_path=str(base), lora_rank=4)
+
+
+def build(margs, seed=1, **options):
+    return build_model(margs, load_model_config(margs), seed=seed, **{"dtype": torch.float32, **options})
+
+
+def trained(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_initial_adapters_are_a_function_of_seed_and_name(margs):
+    model = build(margs)
+    first, other = trained(model), trained(build(margs, seed=2))
+    assert len(first) == 2 * 2 * 7 and all(is_adapter(name) for name in first)
+    assert all(p.ndim == 2 and p.dtype == torch.float32 for p in first.values())
+    for name, value in first.items():
+        assert bool(value.any()) == (".lora_A." in name)
+        assert torch.equal(value, other[name]) == (".lora_B." in name)
+    shapes = [name for name in first if name.endswith("q_proj.lora_A.default.weight")]
+    assert not torch.equal(*(first[name] for name in shapes))  # of two layers
+    config, stages = load_model_config(margs), {}
+    for index in range(2):
+        stage = build_stage(margs, config, index=index, num_stages=2, seed=1, dtype=torch.float32)
+        stages |= trained(stage.model)
+        assert trained(stage.whole).keys() == first.keys()
+    assert stages.keys() == first.keys() and all(torch.equal(stages[name], first[name]) for name in first)
+
+
+def test_types_follow_the_base(margs):
+    model = build(margs, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    exact = trained(build(margs))
+    assert all(torch.equal(p, exact[name].bfloat16()) for name, p in trained(model).items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["lm_head"], "names the output embedding"),
+        (["embed_tokens"], "is a Embedding, and adapters are for linear layers"),
+        (["no_such"], "not found in the base model.*: name linear layers of LlamaForCausalLM"),
+    ],
+)
+def test_what_cannot_have_an_adapter(margs, targets, words):
+    with pytest.raises(UserError, match=words):
+        build(replace(margs, lora_target_modules=targets))
+
+
+def test_a_stage_with_nothing_to_train_is_refused(margs, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    values = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    path.write_text(json.dumps(values))
+    first = replace(margs, lora_rank=None, peft_config=str(path))
+    with pytest.raises(UserError, match="a pipeline stage has no layer with an adapter"):
+        build_stage(first, load_model_config(first), index=1, num_stages=2, seed=1, dtype=torch.float32)
+
+
+def test_frozen_parameters_count_four_flops(margs):
+    adapted, whole = build(margs), build(replace(margs, lora_rank=None))
+    adapters = sum(p.numel() for p in trained(adapted).values())
+    frozen = active_parameters(whole)
+    assert active_parameters(adapted) == frozen + adapters
+    assert flops_per_token(whole, 8) - flops_per_token(adapted, 8) == 2 * frozen - 6 * adapters
+
+
+def test_only_adapters_are_predicted_to_have_gradients_and_moments(margs):
+    config = load_model_config(margs)
+    deepspeed = {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    facts = RunFacts(device="cpu", hidden_size=32, total_steps=9)
+    trace = cache(partial(trace_activations, config))
+    shape, plain = ModelShape(config, margs), ModelShape(config, replace(margs, lora_rank=None))
+    trained, held = (n / plain.num_parameters for n in (shape.num_trained, shape.num_parameters))
+    assert held == 1 + trained
+    for stage in range(4):
+        resolved = resolve_config({**deepspeed, "zero_optimization": {"stage": stage}}, world_size=2, facts=facts)
+        needs = predict_memory(shape, trace, resolved, Flags(32, adapter=json.dumps(margs.adapter)), CPU, 2)
+        more = predict_memory(plain, trace, resolved, Flags(32), CPU, 2)
+        assert needs.checkpoint_gib == pytest.approx(trained * more.checkpoint_gib)
+        assert needs.device["optimizer"] == pytest.approx(trained * more.device["optimizer"])
+        assert needs.device["parameters"] == pytest.approx(held * more.device["parameters"])
+    settings = (setting_of(resolved, Flags(32, adapter=a), on_cpu=True) for a in (json.dumps(margs.adapter), None))
+    adapted, whole = (trace(setting) for setting in settings)
+    assert 0.6 < adapted.layer.flops / whole.layer.flops < 0.9
+
+
+def test_another_base_has_another_fingerprint(base, tmp_path):
+    other = write_base(tmp_path / "other", seed=1)
+    assert weights_sha256(str(base)) == weights_sha256(str(write_base(tmp_path / "same")))
+    assert weights_sha256(str(base)) != weights_sha256(str(other))
+
+
+def test_checkpoints_without_adapters_have_no_base():
+    described = {"identity": {"base": None}, "arguments": {"model_name_or_path": "m"}}
+    _check_base(SimpleNamespace(), described, described)
+    _check_base(SimpleNamespace(), {}, described)  # of an older dstrain
