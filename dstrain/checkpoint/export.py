@@ -50,6 +50,10 @@ def model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def holds_adapters(checkpoint: Path) -> bool:
+    return (checkpoint / MODEL_FILES / ADAPTER_CONFIG).is_file()
+
+
 def export(
     checkpoint: Path,
     out: Path,
@@ -74,7 +78,7 @@ def export(
         raise UserError(
             f"{checkpoint} holds no {MODEL_FILES}/config.json: it was written without the model's own files"
         )
-    adapted = (checkpoint / MODEL_FILES / ADAPTER_CONFIG).is_file()
+    adapted = holds_adapters(checkpoint)
     if (merge or base) and not adapted:
         raise UserError(
             f"{checkpoint} holds a whole model, and no adapters to merge: leave --merge and --base_model out"

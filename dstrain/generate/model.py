@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dstrain import distributed
 from dstrain.arguments import ModelArguments
-from dstrain.checkpoint.export import DTYPES, export, find_checkpoint
+from dstrain.checkpoint.export import DTYPES, export, find_checkpoint, holds_adapters
 from dstrain.checkpoint.manifest import read_manifest
 from dstrain.data.chats import ChatRenderer
 from dstrain.data.tokenization import TextEncoder, build_tokenizer, num_token_ids
@@ -77,7 +77,8 @@ def load(
     """Load a model on this rank's device; a collective where there is a process group. Raises UserError.
 
     name: a run folder (its newest checkpoint), a step_* folder, a Hugging Face folder or a hub name. A checkpoint is
-    written as a Hugging Face folder for the moment, once on each host. dtype: a name of `DTYPES`; None: as stored.
+    written as a Hugging Face folder for the moment, once on each host, adapters merged into their base. dtype: a name
+    of `DTYPES`; None: as stored.
     """
     margs = ModelArguments(
         model_name_or_path=name,
@@ -119,7 +120,7 @@ def _export_on_host(checkpoint: Path, out: Path) -> str:
     launch, problems = Launch.from_environment(), []
     if launch.is_main_on_host:
         try:
-            export(checkpoint, out)
+            export(checkpoint, out, merge=holds_adapters(checkpoint))
         except UserError as error:
             problems = error.problems
     found = distributed.gather_objects((problems, str(out)))

@@ -12,6 +12,7 @@ from dstrain.checkpoint.export import export
 from dstrain.checkpoint.manifest import read_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
+from dstrain.generate.model import load
 from tests import adapters as ad
 
 peft = pytest.importorskip("peft")
@@ -64,10 +65,12 @@ def test_exports_give_the_same_logits_beside_and_in_the_base(zero3, base, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(result.run_dir / "export")  # by transformers' own door
     checkpoint = result.run_dir / "checkpoints" / f"step_{ad.STEPS:08d}"
     merged = AutoModelForCausalLM.from_pretrained(export(checkpoint, tmp_path / "merged", merge=True))
+    asked = load(str(result.run_dir)).model  # by `dstrain evaluate` and `dstrain generate`
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (ad.logits(plain) - ad.logits(beside)).abs().max() > 1e-2
     assert torch.equal(ad.logits(again), ad.logits(beside))
     torch.testing.assert_close(ad.logits(merged), ad.logits(beside), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ad.logits(asked), ad.logits(merged))
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     other = ad.write_base(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="other has other weights than the model of these adapters"):
