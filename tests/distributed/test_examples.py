@@ -5,8 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from tests.distributed.parity import thinned
 from tests.launch import ROOT, Result, run, run_command, train
 
 EXAMPLES = ROOT / "examples"
@@ -31,8 +35,10 @@ def commands(readme: Path) -> list[str]:
 def test_every_recipe_has_its_commands():
     assert {readme.parent.name: len(commands(readme)) for readme in READMES} == {
         "examples": 1,
+        "imdb": 3,
         "shakespeare": 2,
         "stories": 1,
+        "translation": 3,
     }
 
 
@@ -107,6 +113,54 @@ def test_stories_start_where_the_pretrained_model_is(shared_data, tmp_path):
     assert lines[0]["learning_rate"] == 0.0
     assert result.losses() == pytest.approx([1.35] * 3, abs=0.06)
     assert result.metrics("eval")[-1]["loss"] == pytest.approx(1.35, abs=0.06)
+
+
+def rows_of(name: str, count: int) -> list[dict]:
+    """Rows with the columns of the data that a recipe is for."""
+    if name == "imdb":
+        words = ("dull and slow", "fine and moving")
+        return [{"text": f"Film {i}: {words[i % 2]}. " * (1 + i % 40), "label": i % 2} for i in range(count)]
+    return [{"de": f"{i} und {i} ist {2 * i}.", "en": f"{i} and {i} is {2 * i}."} for i in range(count)]
+
+
+@pytest.mark.parametrize("name", thinned(["imdb", "translation"], "imdb"))
+def test_rows_to_a_figure(name, tmp_path):
+    """The three commands of a recipe, on rows of the same columns."""
+    learn, start, judge = commands(EXAMPLES / name / "README.md")
+    changes = {f"runs/{name}_tokenizer": f"{tmp_path}/tokenizer", "8192": "300", "6000": "300"}
+    for command in (learn, judge):
+        for word in shlex.split(command):
+            if word.endswith(".parquet"):
+                changes[word] = f"{tmp_path}/{word}"
+                pq.write_table(pa.Table.from_pylist(rows_of(name, 200)), changes[word])
+            if word.startswith(f"runs/{name}/"):
+                changes[word] = word.replace(f"runs/{name}", f"{tmp_path}/run")
+
+    def run_changed(command: str, *more: str) -> Result:
+        return run_command([changes.get(w, w) for w in shlex.split(command)] + list(more), run_dir=tmp_path / "run")
+
+    run_changed(learn).check()
+    files = yaml.safe_load((EXAMPLES / name / "flags.yaml").read_text())
+    more = ["--tokenizer_name", f"{tmp_path}/tokenizer", "--output_dir", f"{tmp_path}/run", *SHORT]
+    for flag in ("train_file", "validation_file"):
+        if flag in files:
+            pq.write_table(pa.Table.from_pylist(rows_of(name, 200)), tmp_path / files[flag])
+            more += [f"--{flag}", str(tmp_path / files[flag])]
+    run_changed(start, *more).check()
+    run_changed(judge).check()
+    found = json.loads((tmp_path / "run" / "test.json").read_text())["metrics"]
+    assert (found["accuracy"] > 0.9) if name == "imdb" else (0 <= found["bleu"] <= 100)
+
+
+def test_imdb_reached_what_its_readme_says():
+    """result.json is what the last command of the README wrote."""
+    found = json.loads((EXAMPLES / "imdb/result.json").read_text())
+    text = (EXAMPLES / "imdb/README.md").read_text()
+    assert {label: facts["rows"] for label, facts in found["metrics"]["by_label"].items()} == {
+        " negative": 12_500,
+        " positive": 12_500,
+    }
+    assert all(f"{found['metrics'][key]:.2%}".replace("%", " %") in text for key in ("accuracy", "recall", "f1"))
 
 
 @pytest.fixture(scope="module")
