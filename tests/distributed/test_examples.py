@@ -120,7 +120,7 @@ def rows_of(name: str, count: int) -> list[dict]:
     if name == "imdb":
         words = ("dull and slow", "fine and moving")
         return [{"text": f"Film {i}: {words[i % 2]}. " * (1 + i % 40), "label": i % 2} for i in range(count)]
-    return [{"de": f"{i} und {i} ist {2 * i}.", "en": f"{i} and {i} is {2 * i}."} for i in range(count)]
+    return [{"de": f"{i} plus {i} macht {2 * i}.", "en": f"{i} and {i} is {2 * i}."} for i in range(count)]
 
 
 @pytest.mark.parametrize("name", thinned(["imdb", "translation"], "imdb"))
