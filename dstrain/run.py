@@ -194,9 +194,9 @@ class Run:
             self.checkpoints.load(self.checkpoints.path_of(best.step))
             self.monitor.event(step, "best", f"step {best.step} has the lowest held-out loss: {best.loss:.6g}")
             step = best.step
-        self._export(step)
+        self.export(step)
 
-    def _export(self, step: int) -> None:
+    def export(self, step: int) -> None:
         """Write the model saved at `step` as a Hugging Face folder, where `--export` asks for it. A collective."""
         from dstrain import distributed
         from dstrain.checkpoint.export import export

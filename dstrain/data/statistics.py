@@ -32,9 +32,9 @@ def describe(facts: dict[str, Any]) -> str:
     if "share_reached" in facts:
         notes.append(f"; {facts['share_reached']:.1%} of the mixture")
     return (
-        f"{facts['source']}: {facts['num_documents']:,} documents of {lengths['min']:,} to {lengths['max']:,} tokens "
-        f"(median {lengths['median']:,}, 95 % up to {lengths['p95']:,}), {facts['share_longer_than_block']:.1%} longer "
-        f"than a block of {facts['block_size']:,}\n"
-        f"  {facts['num_samples']:,} samples of {facts['num_tokens']:,} tokens fill {facts['packing_efficiency']:.1%} "
-        f"of their blocks, {facts['loss_share']:.1%} carry loss{''.join(notes)}"
+        f"data: {facts['source']}: {facts['num_documents']:,} documents of {lengths['min']:,} to {lengths['max']:,} "
+        f"tokens (median {lengths['median']:,}, 95 % up to {lengths['p95']:,}), "
+        f"{facts['share_longer_than_block']:.1%} longer than a block of {facts['block_size']:,}\n"
+        f"data: {facts['num_samples']:,} samples of {facts['num_tokens']:,} tokens fill "
+        f"{facts['packing_efficiency']:.1%} of their blocks, {facts['loss_share']:.1%} carry loss{''.join(notes)}"
     )

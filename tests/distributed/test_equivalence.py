@@ -89,7 +89,7 @@ CASES = [
     for stage, device in ((1, "cpu"), (2, "cpu"), (3, "cpu"), (3, "nvme"))
 ]
 SGD_KEPT = [c for c in CASES if c[0].endswith(("_x2_acc4", "nvme_x2")) or c[0] in ("zero0_x1_acc4", "zero3_x4_acc1")]
-ADAMW_KEPT = [c for c in CASES if c[0].endswith(("_x2_acc4", "_x2"))]
+ADAMW_KEPT = [c for c in CASES if c[0] in ("zero1_x2_acc4", "zero2_cpu_x2", "zero3_cpu_x2")]
 MATRIX = [(*case, optimizer) for optimizer in OPTIMIZERS for case in CASES]
 KEPT = [(*case, "sgd") for case in SGD_KEPT] + [(*case, "adamw") for case in ADAMW_KEPT]
 
@@ -113,10 +113,12 @@ def test_equals_plain_torch(name, stage, ranks, accumulation, device, optimizer,
 
 
 def test_every_case_is_there():
-    assert (len(MATRIX), len(KEPT)) == (2 * (4 * 5 + 4), 7 + 8)
+    assert (len(MATRIX), len(KEPT)) == (2 * (4 * 5 + 4), 7 + 3)
 
 
-@pytest.mark.parametrize("stage", range(4))  # at stage 0 bf16 runs as stage 1: DeepSpeed's numbers are wrong there
+@pytest.mark.parametrize(
+    "stage", parity.thinned(range(4), 0, 3)
+)  # at stage 0 bf16 runs as stage 1: DeepSpeed's numbers are wrong there
 def test_bf16_stays_near_plain_fp32(stage, rows, tmp_path, tmp_path_factory):
     plain = plain_run(parity.LLAMA, SGD, rows, tmp_path_factory.mktemp("plain"))
     config = SGD | parity.BF16 | parity.zero(stage)

@@ -46,10 +46,11 @@ def assert_resumes_bit_exactly(folder, values, ranks, **options):
 
 
 SHIPPED = [p.stem for p in sorted((ck.ROOT / "ds_configs").glob("*.json"))]
+SELDOM = ("moe_zero3", "sp2_zero1", "sp2_zero3", "tp2_zero2", "zero2")  # others run them too
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", thinned(SHIPPED, *(name for name in SHIPPED if name not in SELDOM)))
 def test_every_shipped_configuration_resumes_bit_exactly(name, tmp_path, request):
     if "fp16" in name:
         pytest.skip("this CPU has no fp16")
@@ -63,7 +64,7 @@ def test_every_shipped_configuration_resumes_bit_exactly(name, tmp_path, request
     assert_resumes_bit_exactly(tmp_path, values, ranks, model=model)
 
 
-KEPT = ["zero0-1", "zero0-2", "zero0-adagrad-1", "zero3-bf16-2"]
+KEPT = ["zero0-2", "zero3-bf16-2"]
 
 
 @pytest.mark.parametrize("name", thinned(list(LAYOUTS), *KEPT))

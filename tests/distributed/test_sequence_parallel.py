@@ -31,7 +31,7 @@ def one_rank(tmp_path_factory) -> Baselines:
     return Baselines(tmp_path_factory.mktemp("one_rank"))
 
 
-KEPT = [*SGD_CASES[:4], ("gemma3", 1), ("gpt2", 1), ("qwen3_moe", 3)]
+KEPT = [("llama", 1), ("llama", 3), ("gemma3", 1), ("gpt2", 1), ("qwen3_moe", 3)]
 
 
 @pytest.mark.parametrize(("model", "stage"), thinned(SGD_CASES, *KEPT))
@@ -45,7 +45,7 @@ def test_clipping_and_adamw(one_rank, tmp_path, optimizer, stage):
     run(tmp_path, model, config | SP2 | zero(stage), ranks=2).assert_equals(one_rank(model, config))
 
 
-@pytest.mark.parametrize("stage", thinned([1, 2, 3], 1, 3))
+@pytest.mark.parametrize("stage", thinned([1, 2, 3], 3))
 def test_bf16(one_rank, tmp_path, stage):
     config = ADAMW | BF16
     run(tmp_path, LLAMA, config | SP2 | zero(stage), ranks=2).assert_equals(one_rank(LLAMA, config), 2e-2)

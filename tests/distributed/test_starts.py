@@ -99,7 +99,7 @@ def test_start(command, folder, plain_losses):
 
 def foreign_lines(stdout: str) -> list[str]:
     """Lines before the loss curve that are neither ours nor of the deepspeed launcher, which has a time in front."""
-    ours = re.compile(rf"^(expected: |step +\d+(/{STEPS})?[: ]|{ONE_PROCESS}|\[20\d\d-\d\d-\d\d )")
+    ours = re.compile(rf"^(expected: |data: |step +\d+(/{STEPS})?[: ]|{ONE_PROCESS}|\[20\d\d-\d\d-\d\d )")
     before = stdout[: stdout.rindex("held-out loss")]
     return [line for line in before.splitlines() if line.strip() and not ours.match(line)]
 

@@ -71,7 +71,6 @@ EQUAL = {
     "zero2 packed": (LLAMA, ADAMW | zero(2), "--packing"),
     "zero3 bf16": (LLAMA, ADAMW | BF16 | WARMUP | zero(3)),
     "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1) | {"train_micro_batch_size_per_gpu": 1}),
-    "tp2": (LLAMA, ADAMW | TP2 | zero(1)),
     "sp2 packed": (MODELS["gemma3"], ADAMW | SP2 | zero(1), "--packing"),
 }
 
@@ -79,6 +78,7 @@ EQUAL = {
 ROUTER = MODELS["mixtral"] | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 ONE_ROW = {"train_micro_batch_size_per_gpu": 1}  # the load-balancing loss is of a micro-batch
 MORE_EQUAL = {
+    "tp2": (LLAMA, ADAMW | TP2 | zero(1)),
     "pp2 packed": (LLAMA, SGD | PP2 | zero(1) | ONE_ROW, "--packing"),
     "pp2 dualpipev": (
         LLAMA | {"num_hidden_layers": 4},

@@ -120,7 +120,7 @@ def test_a_mixture_is_described_by_source_and_a_stream_not_at_all(rows):
     facts = build(rows, 16).facts
     one, two = facts | {"share_reached": 0.25}, facts | {"share_reached": 0.75, "source": "other"}
     lines = describe({"source": "both", "sources": [one, two]}).splitlines()
-    assert [line.split(":")[0] for line in lines[::2]] == [str(rows), "other"]
+    assert [line.split(": ")[1] for line in lines[::2]] == [str(rows), "other"]
     assert lines[1].endswith("; 25.0% of the mixture")
     assert lines[3].endswith("; 75.0% of the mixture")
     assert describe({"source": "a stream", "block_size": 16}) == ""
@@ -139,7 +139,7 @@ def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):
     for i, title in enumerate(titles):
         assert title.endswith(f": {len(data.train[order[i]]['input_ids'])} tokens, 2 with loss")
     assert not [line for line in lines if line.startswith("-- document")]
-    assert lines[-2].startswith(f"{rows}: 12 documents")
+    assert lines[-2].startswith(f"data: {rows}: 12 documents")
     assert main(["data", "show", *flags, "--packing", "--num_samples", "1"]) == 0
     packed = capsys.readouterr().out
     assert "-- document 1 of " in packed
