@@ -164,6 +164,13 @@ def test_imdb_reached_what_its_readme_says():
     assert all(f"{found['metrics'][key]:.2%}".replace("%", " %") in text for key in ("accuracy", "recall", "f1"))
 
 
+def test_translation_reached_what_its_readme_says():
+    found = json.loads((EXAMPLES / "translation/result.json").read_text())
+    text = (EXAMPLES / "translation/README.md").read_text()
+    assert found["settings"]["num_rows"] == 1000
+    assert f"BLEU {found['metrics']['bleu']:.1f}, chrF {found['metrics']['chrf']:.1f}" in text
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("own_loop")
