@@ -21,9 +21,8 @@ if __name__ == "__main__":
 
 from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode, NonFiniteError, UserError
-from dstrain.parallel import Launch
 from dstrain.prepare import prepare, read_configuration
-from dstrain.resilience.exits import ignore_stop_signals
+from dstrain.resilience.exits import ignore_stop_signals, speaks_for_host
 from dstrain.run import Run, Startup
 
 
@@ -80,11 +79,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def report_problems(problems: list[str], exit_code: ExitCode) -> int:
     """One line per problem on stderr, once per host: every rank finds the same."""
-    if Launch.from_environment().is_main_on_host:
+    if speaks_for_host():
         for problem in problems:
             print(f"dstrain: error: {problem}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # a launcher ends all ranks when the first ends: let the one that speaks be the first
     return int(exit_code)
 
 

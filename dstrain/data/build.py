@@ -17,7 +17,7 @@ from dstrain.data.order import epoch_order, hash_words, mix
 from dstrain.data.packing import BlockSamples, PackedSamples, RowSamples, Samples, Subset, pack_documents
 from dstrain.data.rows import NUM_PLACES, describe_skipped
 from dstrain.data.segments import RowRules
-from dstrain.data.sources import build_sources, write_text
+from dstrain.data.sources import build_sources, hash_json, write_text
 from dstrain.data.statistics import length_facts
 from dstrain.data.store import FORMAT_VERSION, TokenStore, find_or_write_store
 from dstrain.data.stream import SHUFFLE_BUFFER, StreamSamples, open_stream
@@ -91,7 +91,7 @@ def build_data(
     cache = Path(cache_dir) if cache_dir else default_cache_dir()
     encoder = TextEncoder(tokenizer)
     recipe = [FORMAT_VERSION, asdict(dargs), encoder.sha256, seed, block_size]
-    answer_file = cache / "requests" / f"{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]}.json"
+    answer_file = cache / "requests" / f"{hash_json(recipe)[:32]}.json"
     if is_main_per_host:
         try:
             _prepare_and_tell(answer_file, dargs, encoder, cache, seed, block_size)
@@ -133,8 +133,8 @@ def _build_stream(
     return TrainingData(
         train=train,
         validation=held_out,
-        sha256=_hash_json(source.identity),
-        samples_sha256=_hash_json([*recipe, FORMAT_VERSION]),
+        sha256=hash_json(source.identity),
+        samples_sha256=hash_json([*recipe, FORMAT_VERSION]),
         source=source.description,
         facts=facts,
         notices=notices,
@@ -229,7 +229,7 @@ def _open(
         train=train,
         validation=validation,
         sha256=answer["sha256"],
-        samples_sha256=_hash_json(identity),
+        samples_sha256=hash_json(identity),
         source=answer["source"],
         facts=_facts(store, train, validation, split)
         | {"skipped_rows": skipped, "skipped_validation_rows": skipped_validation},
@@ -254,16 +254,12 @@ def _mixed(parts: list[tuple[TrainingData, float]], dargs: DataArguments, seed: 
     return TrainingData(
         train=train,
         validation=validation,
-        sha256=_hash_json([source.sha256 for source in sources]),
-        samples_sha256=_hash_json([[source.samples_sha256, weight] for source, weight in parts]),
+        sha256=hash_json([source.sha256 for source in sources]),
+        samples_sha256=hash_json([[source.samples_sha256, weight] for source, weight in parts]),
         source=facts["source"],
         facts=facts,
         notices=list(dict.fromkeys(notice for source in sources for notice in source.notices)),
     )
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _usable_documents(store: TokenStore, dargs: DataArguments, block_size: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -163,7 +163,7 @@ class FileSource:
     @cached_property
     def sha256(self) -> str:
         contents = [(file_kind(file), file_sha256(file, self._cache_dir)) for file in self.files]
-        return _hash_json(["files", contents, astuple(self.columns), self.max_documents])
+        return hash_json(["files", contents, astuple(self.columns), self.max_documents])
 
     def documents(self) -> Iterator[Row | BadRow]:
         rows = (row for file in self.files for row in read_file(file, self.columns))
@@ -190,7 +190,7 @@ def _remembered(what: str, files: list[Path], compute: Callable[[], str], cache_
     """The hash that `compute` makes of files, noted under their paths, sizes and times: a later start is quick."""
     stats = [(str(file.resolve()), file.stat()) for file in files]
     stamp = [what, *((name, status.st_size, status.st_mtime_ns) for name, status in stats)]
-    memo = cache_dir / "hashes" / f"{_hash_json(stamp)[:32]}.txt"
+    memo = cache_dir / "hashes" / f"{hash_json(stamp)[:32]}.txt"
     if files and memo.exists():
         return memo.read_text()
     value = compute()
@@ -208,7 +208,8 @@ def write_text(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _hash_json(value: Any) -> str:
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -265,7 +266,7 @@ class HubSource:
     def sha256(self) -> str:
         files = [Path(file["filename"]) for file in self._rows.cache_files]
         content = _remembered(f"rows {self._shape.columns}", files, self._hash_rows, self._cache_dir)
-        return _hash_json(["hub", content, self._shape.columns, astuple(self._columns), self._max_documents])
+        return hash_json(["hub", content, self._shape.columns, astuple(self._columns), self._max_documents])
 
     def _hash_rows(self) -> str:
         digest = hashlib.sha256()

@@ -25,6 +25,7 @@ from dstrain.generate.flags import (
     row_flags,
 )
 from dstrain.parallel import Launch
+from dstrain.resilience.exits import speaks_for_host
 
 TASKS = ("perplexity", "classification", "generation", "lm_eval")
 # As training's own evaluation takes its samples.
@@ -78,13 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    launch = Launch.from_environment()
     try:
         return _run(args)
     except UserError:
-        if launch.is_main_on_host:
+        if speaks_for_host():
             raise
-        time.sleep(3)  # a launcher ends all ranks when the first ends: let the one that speaks be the first
         return ExitCode.USER_ERROR
 
 

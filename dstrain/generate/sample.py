@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from dstrain.data.tokenization import TextEncoder, pad_token_id
 from dstrain.models.config import max_positions
 
 
@@ -30,15 +31,13 @@ def sample_text(
             do_sample=True,
             top_k=50,
             use_cache=True,
-            pad_token_id=tokenizer.pad_token_id or 0,
+            pad_token_id=pad_token_id(tokenizer),
         )[0]
     return tokenizer.decode(ids[0]), tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
 
 
 def prompt_to_sample(tokenizer: Any, samples: Any, text: str | None, num_tokens: int = 16) -> list[int]:
     """The ids of `--sample_prompt`, or without one the beginning of a held-out sample."""
-    from dstrain.data.tokenization import TextEncoder
-
     if text is None:
         return samples[0]["input_ids"][:num_tokens].tolist()
     encoder = TextEncoder(tokenizer)

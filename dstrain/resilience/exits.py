@@ -5,13 +5,27 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+from dstrain.parallel import Launch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHER_DIED = "its launcher has died"
 _CLOCK_MONOTONIC = 1
 _SIGEV_THREAD = 2
+
+
+def speaks_for_host() -> bool:
+    """Whether this rank is the one of its host that tells a problem which all of them found.
+
+    The others wait here: a launcher ends all ranks when the first ends, and the one that speaks must be the first.
+    """
+    if Launch.from_environment().is_main_on_host:
+        return True
+    time.sleep(3)
+    return False
 
 
 class _SigEvent(ctypes.Structure):

@@ -116,9 +116,8 @@ def test_every_case_is_there():
     assert (len(MATRIX), len(KEPT)) == (2 * (4 * 5 + 4), 6 + 3)
 
 
-@pytest.mark.parametrize(
-    "stage", parity.thinned(range(4), 0, 3)
-)  # at stage 0 bf16 runs as stage 1: DeepSpeed's numbers are wrong there
+# At stage 0 bf16 runs as stage 1: DeepSpeed's numbers are wrong there.
+@pytest.mark.parametrize("stage", parity.thinned(range(4), 0, 3))
 def test_bf16_stays_near_plain_fp32(stage, rows, tmp_path, tmp_path_factory):
     plain = plain_run(parity.LLAMA, SGD, rows, tmp_path_factory.mktemp("plain"))
     config = SGD | parity.BF16 | parity.zero(stage)

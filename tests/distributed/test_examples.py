@@ -150,7 +150,7 @@ def test_rows_to_a_figure(name, tmp_path):
     run_changed(start, *more, "--num_train_epochs", "6").check()
     run_changed(judge).check()
     found = json.loads((tmp_path / "run" / "test.json").read_text())["metrics"]
-    assert (found["accuracy"] > 0.9) if name == "imdb" else (0 <= found["bleu"] <= 100)
+    assert found["accuracy"] > 0.9 if name == "imdb" else found["chrf"] > 10
 
 
 def test_imdb_reached_what_its_readme_says():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dstrain.arguments import parse_arguments
-from dstrain.errors import ExitCode
+from dstrain.errors import ExitCode, UserError
 from dstrain.verify import Comparison, Starter, first_difference, report, verify
 from tests import forked
 from tests.distributed.parity import ADAMW, BF16, LLAMA, MODELS, SGD, SGD_CLIPPED, thinned, zero
@@ -67,8 +67,25 @@ def documents(folder: Path) -> list[str]:
     return ["--train_file", str(path)]
 
 
+@pytest.mark.parametrize("when", [("--eval_steps", "2"), ("--eval_strategy", "epoch")])
+def test_what_evaluations_decide_is_left_out(tmp_path, when):
+    """The gate takes its own few steps: nothing ends them early, and no flag is left whose own need was dropped."""
+    flags = (*when, "--early_stopping_patience", "1", "--load_best_model_at_end", "--sample_steps", "1")
+    started = []
+
+    def start(argv: list[str], world_size: int) -> int:
+        started.append(parse_arguments(argv).run)
+        return ExitCode.USER_ERROR
+
+    with pytest.raises(UserError, match="the run to verify is refused"):
+        verify(parse_arguments(_argv(tmp_path, LLAMA, SGD | zero(1), *flags)), 1, start)
+    (run,) = started
+    assert (run.eval_steps, run.eval_strategy, run.early_stopping_patience) == (None, "steps", None)
+    assert not run.load_best_model_at_end and run.sample_steps is None
+
+
 EQUAL = {
-    "zero2 packed": (LLAMA, ADAMW | zero(2), "--packing"),
+    "zero2 packed": (LLAMA, ADAMW | zero(2), "--packing", "--label_smoothing_factor", "0.1"),
     "zero3 bf16": (LLAMA, ADAMW | BF16 | WARMUP | zero(3)),
     "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1) | {"train_micro_batch_size_per_gpu": 1}),
     "sp2 packed": (MODELS["gemma3"], ADAMW | SP2 | zero(1), "--packing"),
