@@ -6,25 +6,36 @@ from contextlib import suppress
 import cpuinfo
 import deepspeed
 import deepspeed.runtime.zero.muon.original_muon  # imports torch._inductor: two seconds
+import torch.utils.cpp_extension  # imports setuptools
 import transformers.generation.utils
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 
+import dstrain.checkpoint.adapter_export
 import dstrain.checkpoint.manager
+import dstrain.data.build
 import dstrain.data.loader
 import dstrain.engine
-import dstrain.evaluate
-import dstrain.generate
+import dstrain.evaluate.held_out
+import dstrain.generate.sample
 import dstrain.models.build
 import dstrain.models.pipeline_build
 import dstrain.monitor.monitor
+import dstrain.monitor.report
+import dstrain.planner.foresight
+import dstrain.planner.memory
+import dstrain.planner.pace
+import dstrain.planner.platform_costs
+import dstrain.planner.tracing
+import dstrain.resilience.safety
 import dstrain.train
+import dstrain.verify
 from dstrain.launch.ops import ask_cpu_once
 
 with suppress(ImportError):  # an extra
     import peft
 
-__all__ = ["deepspeed", "dstrain", "peft", "transformers"]
+__all__ = ["deepspeed", "dstrain", "peft", "torch", "transformers"]
 ask_cpu_once()
 cpuinfo.get_cpu_info()
 gc.freeze()

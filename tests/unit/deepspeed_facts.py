@@ -6,6 +6,7 @@ Every figure is a list over steps of (loss, gradient norm or null, learning rate
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ import torch
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
     from deepspeed.utils import logger
+
+from dstrain.launch.ops import ask_cpu_once
 
 STEPS = 5
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
@@ -68,6 +71,7 @@ def run(stage=0, bf16=False, clipping=0.5, optimizer=ADAMW, masters=None, **more
         **more,
     }
     model = build(False)
+    gc.freeze()  # DeepSpeed collects garbage as it starts, and would look through all that was imported
     try:
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config=config, dist_init_required=False
@@ -110,6 +114,7 @@ def main() -> dict:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29719")
     deepspeed.init_distributed("gloo")
     logger.setLevel(logging.ERROR)
+    ask_cpu_once()
     fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     facts = {"plain bf16": plain(True), "plain fp32": plain(False)}
     for stage in (0, 1, 2, 3):

@@ -12,6 +12,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from dstrain.checkpoint.replay import replay_steps
 from dstrain.distributed import use_own_programs
 
+pytestmark = pytest.mark.ops
 KINDS = {"fused": FusedAdam, "cpu": DeepSpeedCPUAdam}
 
 
