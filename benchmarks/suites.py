@@ -48,7 +48,6 @@ def quick() -> Suite:
         (
             Case("tiny zero2", ds_config=TINY_JSON, turn="tiny", **common),
             Case("tiny ddp", ds_config=TINY_JSON, program="ddp", turn="tiny", baseline="tiny zero2", **common),
-            Case("tiny zero3", ds_config="zero3.json", **{**common, "profile": False}),
             Case("tiny pp2", ds_config="pp2_zero1.json", **common),
             Case("tiny refused", ds_config="zero2.json", overrides=("zero_optimization.stage=7",), **common),
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.parity import thinned
 from tests.launch import ROOT, TRAIN, Result, children_cpu_s, environment, run_command
 
 STEPS = 4
@@ -35,10 +36,12 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(
     r"^\| `((?:deepspeed|torchrun|accelerate|python)\b[^`]* dstrain/train\.py[^`]*)` \|", README, re.M
 )
-STARTS = [*COMMANDS[1:], "accelerate launch --config_file $FOLDER/accelerate.yaml dstrain/train.py $FLAGS"]
+CONFIG_FILE = "accelerate launch --config_file $FOLDER/accelerate.yaml dstrain/train.py $FLAGS"
+STARTS = [*COMMANDS[1:], CONFIG_FILE]
 TORCHRUN, HOSTFILE, PYTHON = (
     next(c for c in STARTS if c.startswith(head)) for head in ("torchrun", "deepspeed --hostfile", "python")
 )
+LAUNCHED = [command for command in STARTS if command != PYTHON]
 ACCELERATE = next(c for c in STARTS if "--deepspeed_config_file" in c)
 ONE_PROCESS = "accelerate started one plain process"
 
@@ -79,7 +82,7 @@ def losses(result: Result) -> list[float]:
     return [line["loss"] for line in result.metrics() if line["kind"] in ("train", "eval")]
 
 
-@pytest.mark.parametrize("command", [c for c in STARTS if c != PYTHON])
+@pytest.mark.parametrize("command", thinned(LAUNCHED, *(c for c in LAUNCHED if c != CONFIG_FILE)))
 def test_start(command, folder, plain_losses):
     result = start(folder, command).check()
     alone = command.startswith("accelerate launch dstrain")

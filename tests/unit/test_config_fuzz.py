@@ -73,7 +73,7 @@ def resolve(config, **world):
         return None, refusal.problems
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(CONFIGS, FACTS, st.sampled_from([1, 2, 4]))
 def test_resolves_or_is_refused_in_words(config, facts, world_size):
     resolved, problems = resolve(config, world_size=world_size, facts=facts)
