@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": ("dstrain.planner.tune", "try the best plans for a few steps each on this machine, and choose"),
     "verify": ("dstrain.verify", "compare this configuration with plain torch on a shallower model"),
     "launch": ("dstrain.launch.cli", "start a run under a supervisor that restarts it"),
+    "env": ("dstrain.launch.env", "write the variables that a hostfile run takes to its other hosts"),
     "postmortem": ("dstrain.resilience.postmortem", "explain in a page why a run ended"),
     "checkpoint": ("dstrain.checkpoint.cli", "verify, list, show or convert checkpoints"),
     "evaluate": ("dstrain.evaluate.cli", "figures of a model on a task: perplexity, labels, generated texts"),

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ def init_distributed(timeout: timedelta = START_TIMEOUT) -> Launch:
     group, until `set_timeouts`.
     """
     import deepspeed
+    from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
     launch = Launch.from_environment()
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
+        os.environ.update({name.upper(): str(value) for name, value in asdict(launch).items()})
+        if launch.world_size == 1:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.setdefault("MASTER_PORT", str(TORCH_DISTRIBUTED_DEFAULT_PORT))
     if not dist.is_initialized():
         use_own_programs()
         deepspeed.init_distributed(timeout=timeout, verbose=False, auto_mpi_discovery=False)

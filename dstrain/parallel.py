@@ -94,6 +94,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _of_open_mpi() -> dict[str, str]:
+    """What mpirun has set, by torchrun's names; {} for a process that it has not started."""
+    prefix = "OMPI_COMM_WORLD_"
+    names = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
+    return {own: os.environ[prefix + name] for own, name in names.items() if prefix + name in os.environ}
+
+
 @dataclass(frozen=True)
 class Launch:
     """This process among all, as its launcher set the environment. Without one: a single process."""
@@ -105,13 +112,14 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        world_size = os.environ.get("WORLD_SIZE", "1")
+        names = os.environ if "RANK" in os.environ else {**os.environ, **_of_open_mpi()}
+        world_size = names.get("WORLD_SIZE", "1")
         return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            rank=int(names.get("RANK", 0)),
+            local_rank=int(names.get("LOCAL_RANK", 0)),
             world_size=int(world_size),
             # torchrun's name, then the deepspeed launcher's; without either as if there were one host
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))),
+            local_world_size=int(names.get("LOCAL_WORLD_SIZE", names.get("LOCAL_SIZE", world_size))),
         )
 
     @property

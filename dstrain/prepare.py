@@ -51,6 +51,12 @@ def read_configuration(args: Arguments) -> Configuration:
         problems.append(
             "no model is named: write --model_name_or_path M (pretrained) or --config_name C (from scratch)"
         )
+    launch = Launch.from_environment()
+    if launch.world_size > 1 and not os.environ.get("MASTER_ADDR"):
+        problems.append(
+            "MASTER_ADDR, the host of rank 0, is not set (mpirun does not tell it): run `dstrain env --hostfile F` "
+            "before `deepspeed --launcher openmpi`, or give mpirun -x MASTER_ADDR=HOST"
+        )
     resolved = None
     if path:
         facts = RunFacts(
@@ -63,7 +69,7 @@ def read_configuration(args: Arguments) -> Configuration:
         try:
             resolved = resolve_config(
                 load_config(path),
-                world_size=Launch.from_environment().world_size,
+                world_size=launch.world_size,
                 overrides=run.set,
                 facts=facts,
                 stored_global_batch=stored.get("identity", {}).get("global_batch"),
@@ -119,6 +125,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
 def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any, swap: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
+    from dstrain.alike import check_alike
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
     from dstrain.monitor.profiler import build_profiler
@@ -135,6 +142,7 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     startup.done("model_config")
     _join_process_group(resolved, launch)
     safety.join(os.environ["MASTER_ADDR"])
+    check_alike(args, resolved, config, launch)
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
@@ -227,7 +235,7 @@ def _check_model(args: Arguments, config: Any, resolved: ResolvedConfig) -> None
 
 def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
     """Build the ops that this configuration needs, once per host, while the other ranks wait at the rendezvous."""
-    from dstrain import distributed
+    from dstrain.alike import meet
     from dstrain.launch.ops import ask_cpu_once, build_ops, required_builders
     from dstrain.monitor.logs import screen
 
@@ -238,7 +246,7 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
     if "RANK" not in os.environ and any(name.startswith("ACCELERATE_") for name in os.environ):
         why = "without --use_deepspeed it starts one on a machine without GPUs"
         print(f"accelerate started one plain process ({why}): training in one process", file=screen())
-    distributed.init_distributed()
+    meet()
 
 
 def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: int) -> Any:

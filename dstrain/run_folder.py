@@ -77,7 +77,7 @@ class RunFolder:
         """Refuse to go on with a run of another model, data or seed; names what differs."""
         stored = self.read().get("identity", {})
         problems = [
-            f"--output_dir {self.path} holds a run with another {name} ({_difference(stored[name], value)}): "
+            f"--output_dir {self.path} holds a run with another {name} ({difference(stored[name], value)}): "
             "choose another folder or add --overwrite_output_dir"
             for name, value in identity.items()
             if name in stored and stored[name] != value
@@ -109,26 +109,31 @@ class RunFolder:
         self.write({**self.read(), **contents})
 
 
-def environment_facts() -> dict[str, Any]:
-    """Versions, host and start command; nothing that could be secret."""
+def package_versions() -> dict[str, str | None]:
+    """Of Python and what a run depends on; None for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
+    return versions
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, host and start command; nothing that could be secret."""
     return {
-        "versions": versions,
+        "versions": package_versions(),
         "host": {"name": socket.gethostname(), "cpus": os.cpu_count(), "platform": platform.platform()},
         "command": [sys.executable, *sys.argv],
     }
 
 
-def _difference(stored: Any, now: Any) -> str:
+def difference(stored: Any, now: Any) -> str:
     """What was and what is; of two tables, the first entry that differs."""
     if isinstance(stored, dict) and isinstance(now, dict):
         name = next(name for name in {**now, **stored} if stored.get(name) != now.get(name))
-        return f"{name}: {_difference(stored.get(name), now.get(name))}"
+        return f"{name}: {difference(stored.get(name), now.get(name))}"
     return f"{_short(stored)}, now {_short(now)}"
 
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode, NonFiniteError, UserError
+from dstrain.parallel import Launch
 from dstrain.prepare import prepare, read_configuration
 from dstrain.resilience.exits import ignore_stop_signals, speaks_for_host
 from dstrain.run import Run, Startup
@@ -74,7 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         return report_problems([str(error)], ExitCode.NON_FINITE)
     except UserError as error:
-        return report_problems(error.problems, error.exit_code)
+        refused = report_problems(error.problems, error.exit_code)
+        launch = Launch.from_environment()
+        if launch.world_size > launch.local_world_size:
+            from dstrain.alike import tell_waiting
+
+            tell_waiting(error.problems)
+        return refused
 
 
 def report_problems(problems: list[str], exit_code: ExitCode) -> int:

@@ -202,7 +202,7 @@ def _run(start: Starter, args: Arguments, world_size: int, folder: Path, **chang
 def _environment() -> dict[str, str]:
     """This process's, without what a launcher around it has put there."""
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    prefixes = ("TORCHELASTIC_", "ACCELERATE_", "CROSS_", "GROUP_", "ROLE_")
+    prefixes = ("TORCHELASTIC_", "ACCELERATE_", "CROSS_", "GROUP_", "ROLE_", "OMPI_COMM_WORLD_")
     return {name: v for name, v in os.environ.items() if name not in names and not name.startswith(prefixes)}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from dstrain.arguments import parse_arguments
 from dstrain.errors import UserError
 from dstrain.launch.supervise import Supervisor
+from dstrain.launch.travel import check_words
 
 SCRIPTS = ("train.py", "dstrain.train")
 
@@ -46,4 +47,5 @@ def main(argv: list[str]) -> int:
         raise UserError("--max_restarts and --backoff must not be negative")
     if not command:
         raise UserError("no command: write dstrain launch [flags] -- torchrun ... dstrain/train.py ...")
+    check_words(command)
     return Supervisor(command, find_run_folder(command), max_restarts=args.max_restarts, backoff_s=args.backoff).run()

@@ -28,6 +28,7 @@ LEVELS = {
     "evaluate": 6.4,  # lets models write
     "launch": 6.5,  # reads what a run left behind
     **dict.fromkeys(["run_folder", "plain", "best"], 6),
+    "alike": 6.5,
     **dict.fromkeys(["run", "verify"], 7),
     "begin": 7.5,
     "prepare": 8,
