@@ -19,7 +19,7 @@ from dstrain.errors import ExitCode, UserError
 from dstrain.launch.swap import SwapFolders
 from dstrain.parallel import Launch
 from dstrain.run import Run, Startup
-from dstrain.run_folder import RunFolder
+from dstrain.run_folder import RunFolder, missing_packages
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_configuration(args: Arguments) -> Configuration:
     run = args.run
     # accelerate hands its own file on in the environment
     path = run.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    problems: list[str] = []
+    problems = [f"this Python lacks {name}: run `pip install -e .` in the checkout" for name in missing_packages()]
     folder, stored = RunFolder(Path(run.output_dir)), {}
     try:
         folder.check_usable(overwrite=run.overwrite_output_dir, resume=run.resume_from_checkpoint)
@@ -125,7 +125,6 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
 def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any, swap: Any) -> Run:
     """Everything but the run folder: a start that is refused here has written nothing."""
     from dstrain import distributed
-    from dstrain.alike import check_alike
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
     from dstrain.monitor.profiler import build_profiler
@@ -140,9 +139,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     resolved = _with_facts(configuration.resolved, config)
     foresight = foresee(args, config, resolved, block_size)
     startup.done("model_config")
-    _join_process_group(resolved, launch)
-    safety.join(os.environ["MASTER_ADDR"])
-    check_alike(args, resolved, config, launch)
+    _join_process_group(resolved, launch, safety)
+    _check_hosts(args, resolved, config, launch)
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
@@ -233,7 +231,7 @@ def _check_model(args: Arguments, config: Any, resolved: ResolvedConfig) -> None
     check_packing(config, args, resolved)
 
 
-def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
+def _join_process_group(resolved: ResolvedConfig, launch: Launch, safety: Any) -> None:
     """Build the ops that this configuration needs, once per host, while the other ranks wait at the rendezvous."""
     from dstrain.alike import meet
     from dstrain.launch.ops import ask_cpu_once, build_ops, required_builders
@@ -247,6 +245,13 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch) -> None:
         why = "without --use_deepspeed it starts one on a machine without GPUs"
         print(f"accelerate started one plain process ({why}): training in one process", file=screen())
     meet()
+    safety.join(os.environ["MASTER_ADDR"])
+
+
+def _check_hosts(args: Arguments, resolved: ResolvedConfig, config: Any, launch: Launch) -> None:
+    from dstrain.alike import check_alike
+
+    check_alike(args, resolved, config, launch)
 
 
 def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: int) -> Any:

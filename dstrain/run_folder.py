@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -109,15 +110,26 @@ class RunFolder:
         self.write({**self.read(), **contents})
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def package_versions() -> dict[str, str | None]:
     """Of Python and what a run depends on; None for a package that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {"python": platform.python_version(), **{name: _version(name) for name in VERSIONED}}
+
+
+def missing_packages() -> list[str]:
+    """What dstrain requires and this Python lacks; [] also where dstrain itself is not installed."""
+    try:
+        requirements = metadata.requires("dstrain") or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = [re.split(r"[^\w.-]", text)[0] for text in requirements if ";" not in text]  # ; is of extras
+    return [name for name in names if _version(name) is None]
 
 
 def environment_facts() -> dict[str, Any]:

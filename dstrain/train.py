@@ -10,6 +10,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
@@ -78,9 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         refused = report_problems(error.problems, error.exit_code)
         launch = Launch.from_environment()
         if launch.world_size > launch.local_world_size:
-            from dstrain.alike import tell_waiting
+            with suppress(ImportError):  # of a host that lacks torch: it cannot tell
+                from dstrain.alike import tell_waiting
 
-            tell_waiting(error.problems)
+                tell_waiting(error.problems)
         return refused
 
 

@@ -1,6 +1,5 @@
 """What travels to the other hosts of a hostfile run, and what does not."""
 
-import shlex
 import stat
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dstrain.cli import main
 from dstrain.errors import UserError
 from dstrain.launch.env import choose, is_secret, read_env_file
 from dstrain.launch.travel import check_words, value_problem, word_problem
+from tests.launch import ROOT
 
 BIN = str(Path(sys.executable).parent)
 VALUES = [
@@ -56,32 +56,30 @@ def pdsh_line():
     """The line that DeepSpeed makes for the shells of the other hosts: from flags and variables."""
     runner = pytest.importorskip("deepspeed.launcher.multinode_runner")
 
-    def make(code: str, words: list[str], variables: dict[str, str]) -> str:
-        args = SimpleNamespace(user_args=words, user_script="")
-        pdsh = runner.PDSHRunner(args, "")
+    def make(command: str, words: list[str], variables: dict[str, str]) -> str:
+        pdsh = runner.PDSHRunner(SimpleNamespace(user_args=words, user_script=""), "")
         for entry in "".join(f"{name}={value}\n" for name, value in variables.items()).splitlines():
             pdsh.add_export(*entry.split("=", 1))
-        exports = " ".join(f"export {name}={value};" for name, value in pdsh.exports.items())
-        return " ".join([exports, BIN + "/python", "-c", shlex.quote(code), *pdsh.user_arguments])
+        exports = "".join(f"export {name}={value}; " for name, value in pdsh.exports.items())
+        return exports + " ".join([command, *pdsh.user_arguments])
 
     return make
 
 
 def arrived(line: str) -> str:
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
-    return done.stdout.removesuffix("\n")
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT).stdout
 
 
 @pytest.mark.parametrize("value", [*VALUES, *BROKEN_VALUES], ids=repr)
 def test_a_value_is_refused_where_a_shell_would_change_it(value, pdsh_line):
-    line = pdsh_line("import os; print(os.environ['V'])", [], {"V": value})
-    assert (arrived(line) == value) == (value_problem(value) is None) == (value in VALUES)
+    line = pdsh_line("printenv V", [], {"V": value})
+    assert (arrived(line) == value + "\n") == (value_problem(value) is None) == (value in VALUES)
 
 
 @pytest.mark.parametrize("word", [*WORDS, *BROKEN_WORDS], ids=repr)
 def test_a_word_is_refused_where_a_shell_would_change_it(word, pdsh_line):
-    line = pdsh_line("import sys; print(sys.argv[1:])", [word, "end"], {})
-    assert (arrived(line) == str([word, "end"])) == (word_problem(word) is None) == (word in WORDS)
+    line = pdsh_line("printf '<%s>'", [word, "end"], {})
+    assert (arrived(line) == f"<{word}><end>") == (word_problem(word) is None) == (word in WORDS)
 
 
 def test_signs_of_pdsh_are_refused():

@@ -69,6 +69,17 @@ def test_launch_from_the_environment(monkeypatch):
     assert not other.is_main_on_host
 
 
+def test_launch_by_mpirun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "SIZE": "4", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert Launch.from_environment() == Launch(rank=3, local_rank=1, world_size=4, local_world_size=2)
+    monkeypatch.setenv("RANK", "0")  # a launcher inside mpirun's process
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Launch.from_environment().world_size == 1
+
+
 @pytest.mark.parametrize("folded", [False, True])
 def test_every_stage_is_on_one_rank(folded):
     placement = PipePlacement(3, folded)
