@@ -119,7 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write `.deepspeed_env` into the working directory, and say what is in it. Raises UserError."""
     path = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))  # DeepSpeed's own name for another file
-    travel = choose(os.environ, args.secret, read_hostfile(args.hostfile)[0].name)
+    names = [host.name for host in read_hostfile(args.hostfile)]
+    if names[1:] and "localhost" in names:
+        raise UserError(
+            f"{args.hostfile} names localhost beside other hosts, for whom it is another one: write its name"
+        )
+    travel = choose(os.environ, args.secret, names[0])
     kept = {name: value for name, value in read_env_file(path).items() if name not in travel.variables}
     # What somebody has added by hand stays, but for secrets; what was carried before and is not set any more goes.
     gone = {n: "it is not set here" for n in kept if n.startswith(_CARRIED)}
@@ -127,7 +132,8 @@ def run(args: argparse.Namespace) -> int:
     kept = {name: value for name, value in kept.items() if name not in gone}
     if not args.dry_run:
         write_env_file(path, {**kept, **travel.variables})
-    print(f"{'would write' if args.dry_run else 'wrote'} {path} (mode 600), for every host of {args.hostfile}:")
+    done = "would write" if args.dry_run else "wrote"
+    print(f"{done} {path.absolute()}, which deepspeed reads when it starts in this folder:")
     for name, value in {**kept, **travel.variables}.items():
         hidden = name in args.secret or is_secret(name, value)
         notes = ["added by hand"] * (name in kept)

@@ -130,6 +130,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert written["HF_HOME"] == "/data/hf" and not {"HF_OLD", "MY_TOKEN"} & written.keys()
     assert stat.S_IMODE(Path(".deepspeed_env").stat().st_mode) == 0o600
     assert main(["env", "--hostfile", "none"]) == 2
+    Path("hostfile").write_text("localhost slots=2\nnode8 slots=2\n")
+    assert main(command) == 2 and "localhost beside other hosts" in capsys.readouterr().err
 
 
 def test_a_supervised_start_over_pdsh_is_refused_where_its_words_would_change(tmp_path):
