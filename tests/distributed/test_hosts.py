@@ -61,6 +61,7 @@ def flags(cluster: Cluster, run_name: str, *, batch: int = 4, **changes: str) ->
         "block_size": "32",
         "max_steps": str(STEPS),
         "max_eval_batches": "2",
+        "report_to": "none",
         "output_dir": str(cluster.folder / run_name),
     } | changes
     more = ["--set", "bf16.enabled=false", "--set", f"train_batch_size={batch}"]
@@ -172,7 +173,7 @@ def test_a_run_folder_of_each_host_is_refused_before_anything_is_written(cluster
     ("flag", "name", "text", "words"),
     [
         ("config_name", "model.json", None, "node2: /mnt/model.json does not exist"),
-        ("deepspeed_config", "ds.json", None, "node2: --deepspeed_config /mnt/ds.json"),
+        ("deepspeed_config", "ds.json", None, "node2: /mnt/ds.json: no such file"),
         (
             "deepspeed_config",
             "ds.json",
