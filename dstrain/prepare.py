@@ -57,6 +57,12 @@ def read_configuration(args: Arguments) -> Configuration:
             "MASTER_ADDR, the host of rank 0, is not set (mpirun does not tell it): run `dstrain env --hostfile F` "
             "before `deepspeed --launcher openmpi`, or give mpirun -x MASTER_ADDR=HOST"
         )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("CROSS_SIZE") == "1":
+        # accelerate 1.15 starts DeepSpeed's launcher in place of torchrun's only where --num_machines is more than 1
+        problems.append(
+            "accelerate, told of several machines, has started a run of its own on each (through pdsh, without a "
+            "hostfile): add --deepspeed_multinode_launcher standard"
+        )
     resolved = None
     if path:
         facts = RunFacts(

@@ -35,3 +35,9 @@ def test_mpirun_must_tell_where_rank_0_is(monkeypatch, tmp_path):
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert "run `dstrain env --hostfile F` before" in refusal_of_a_start(tmp_path)
+
+
+def test_a_run_of_its_own_on_each_of_accelerates_machines_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    assert "--deepspeed_multinode_launcher standard" in refusal_of_a_start(tmp_path)
