@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dstrain.arguments import parse_arguments
 from dstrain.errors import UserError
+from dstrain.launch.clusters import cli as clusters
 from dstrain.launch.supervise import Supervisor
 from dstrain.launch.travel import check_words
 
@@ -38,6 +39,8 @@ def find_run_folder(command: Sequence[str]) -> Path:
 
 def main(argv: list[str]) -> int:
     """Supervise the command after `--`; returns the run's own exit code. Raises UserError."""
+    if any(word.split("=")[0] == "--to" for word in argv[: argv.index("--") if "--" in argv else None]):
+        return clusters.main(argv)
     own, command = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = _Parser(prog="dstrain launch", usage="%(prog)s [flags] -- COMMAND ...", allow_abbrev=False)
     parser.add_argument("--max_restarts", type=int, default=3, help="start again so many times (default: 3)")
