@@ -1,7 +1,7 @@
 """`dstrain launch --to ENGINE`: write what an existing engine needs to start a run on many hosts, and hand it over.
 
 dstrain launch --to slurm --num_nodes 2 --num_procs_per_node 8 --time_limit 24:00:00 -- dstrain/train.py ...
-dstrain launch --to kubernetes --num_nodes 2 --num_procs_per_node 8 --image REGISTRY/dstrain:cuda -- dstrain/train.py ...
+dstrain launch --to kubernetes --num_nodes 2 --num_procs_per_node 8 --image REGISTRY/dstrain -- dstrain/train.py ...
 dstrain launch --to ssh --hostfile hostfile --dry_run -- dstrain/train.py ...
 """
 
@@ -21,8 +21,8 @@ from dstrain.config.facts import RunFacts
 from dstrain.config.load import load_config
 from dstrain.config.resolve import resolve_config
 from dstrain.errors import UserError
-from dstrain.launch.clusters.description import COMMON, RunDescription, Written, quoted
-from dstrain.launch.hosts import read_hostfile
+from dstrain.launch.clusters.description import RunDescription, Written, quoted
+from dstrain.launch.hosts import Host, read_hostfile
 from dstrain.launch.supervise import Supervisor
 
 ENGINES = {name: f"dstrain.launch.clusters.{name}" for name in ("slurm", "kubernetes", "ssh", "mpi")}
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     given = vars(_parser().parse_args(own))
     engine, dry_run = given.pop("to"), given.pop("dry_run", False)
     module = import_module(ENGINES[engine])
-    description = describe(engine, module.TAKES | COMMON, given, script)
+    description = describe(engine, module.TAKES, given, script)
     written = module.write(description)
     if dry_run:
         print(as_text(written), end="")
@@ -95,7 +95,7 @@ def describe(engine: str, takes: frozenset[str], given: dict[str, Any], script: 
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
             problems.append(f"--env {pair}: write NAME=VALUE")
         env.append((name, value))
-    hosts = ()
+    hosts: tuple[Host, ...] = ()
     if "hostfile" in takes:
         if "hostfile" not in given:
             raise UserError(f"--to {engine} needs --hostfile FILE, with a line `NAME slots=N` for each host")

@@ -1,6 +1,6 @@
 """One description of a run for every engine, and what an engine makes of it.
 
-Each engine is a module here with `TAKES`, the fields beside COMMON that it obeys, and `write(description) -> Written`.
+Each engine is a module here with `TAKES`, the fields that it obeys, and `write(description) -> Written`.
 """
 
 import shlex
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from dstrain.launch.hosts import Host
 
 COMMON = frozenset({"max_restarts"})
+# of the engines that find the hosts themselves
+SCHEDULED = COMMON | {"name", "num_nodes", "num_procs_per_node", "cpus_per_proc", "use_cpu", "grace_s", "env"}
 
 
 @dataclass(frozen=True)

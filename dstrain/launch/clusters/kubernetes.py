@@ -9,11 +9,9 @@ from typing import Any
 import yaml
 
 from dstrain.errors import ExitCode
-from dstrain.launch.clusters.description import RunDescription, Written
+from dstrain.launch.clusters.description import SCHEDULED, RunDescription, Written
 
-TAKES = frozenset(
-    "name num_nodes num_procs_per_node cpus_per_proc use_cpu grace_s env kind image namespace claim storage mount".split()
-)
+TAKES = SCHEDULED | {"kind", "image", "namespace", "claim", "storage", "mount"}
 KINDS = ("Job", "TrainJob")
 _PORT = 29500
 _USER = 1000  # of the Dockerfile

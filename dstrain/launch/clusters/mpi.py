@@ -4,9 +4,9 @@
 to find their place through mpi4py.
 """
 
-from dstrain.launch.clusters.description import RunDescription, Written, rank_command
+from dstrain.launch.clusters.description import COMMON, RunDescription, Written, rank_command
 
-TAKES = frozenset({"hostfile", "cpus_per_proc", "env", "engine_args"})
+TAKES = COMMON | {"hostfile", "cpus_per_proc", "env", "engine_args"}
 _PORT = 29500
 
 

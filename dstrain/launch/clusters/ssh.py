@@ -1,8 +1,8 @@
 """Hosts of a hostfile over ssh: DeepSpeed's own launcher with pdsh, under our supervisor."""
 
-from dstrain.launch.clusters.description import RunDescription, Written
+from dstrain.launch.clusters.description import COMMON, RunDescription, Written
 
-TAKES = frozenset({"hostfile", "engine_args"})
+TAKES = COMMON | {"hostfile", "engine_args"}
 
 
 def write(description: RunDescription) -> Written:
