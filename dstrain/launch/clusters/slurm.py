@@ -5,7 +5,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dstrain.errors import ExitCode
 from dstrain.launch.clusters.description import SCHEDULED, RunDescription, Written, quoted, rank_command
 
-TAKES = frozenset("name num_nodes num_procs_per_node cpus_per_proc use_cpu grace_s time_limit env engine_args".split())
+TAKES = SCHEDULED | {"time_limit", "engine_args"}
 _FINAL = (ExitCode.FINISHED, ExitCode.USER_ERROR, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
 
 
