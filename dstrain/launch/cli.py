@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
         return clusters.main(argv)
     own, command = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = _Parser(prog="dstrain launch", usage="%(prog)s [flags] -- COMMAND ...", allow_abbrev=False)
+    parser.epilog = "On many hosts: dstrain launch --to ENGINE; see dstrain launch --to slurm --help"
     parser.add_argument("--max_restarts", type=int, default=3, help="start again so many times (default: 3)")
     parser.add_argument("--backoff", type=float, default=5.0, help="seconds before the first restart, then doubled")
     args = parser.parse_args(own)

@@ -110,8 +110,8 @@ def describe(engine: str, takes: frozenset[str], given: dict[str, Any], script: 
         **{"name": default_name(args.run.output_dir), **given},
     )
     problems += check(description) + (_check_container(description, args) if engine == "kubernetes" else [])
-    if not problems or engine != "kubernetes":
-        problems += _check_config(args, description, in_container=engine == "kubernetes")
+    if not problems:
+        problems = _check_config(args, description, in_container=engine == "kubernetes")
     if problems:
         raise UserError(problems)
     return description

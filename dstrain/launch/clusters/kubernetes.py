@@ -14,7 +14,7 @@ from dstrain.launch.clusters.description import SCHEDULED, RunDescription, Writt
 TAKES = SCHEDULED | {"kind", "image", "namespace", "claim", "storage", "mount"}
 KINDS = ("Job", "TrainJob")
 _PORT = 29500
-_USER = 1000  # of the Dockerfile
+_USER = 10001  # of the Dockerfile
 _HOPELESS = (ExitCode.USER_ERROR, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
 
 
