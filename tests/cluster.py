@@ -42,6 +42,7 @@ _SSH = """Host *
   UserKnownHostsFile /dev/null
   LogLevel ERROR
 """
+SEARCH_PATH = f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 @cache
@@ -77,7 +78,7 @@ class Cluster:
     def command(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
         """What runs `command` on a host, with the environment of an ssh login and this interpreter's programs."""
         words = {"HOME": str(self.folder / "home"), "TERM": "dumb", "USER": "root", "LOGNAME": "root"}
-        words |= {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", **(env or {})}
+        words |= {"PATH": SEARCH_PATH, **(env or {})}
         inside = ["nsenter", "-t", str(self.inits[name]), "-n", "-u", "-p", "-m", f"--wd={ROOT}"]
         return [*inside, "env", "-i", *(f"{key}={value}" for key, value in words.items()), *command]
 

@@ -70,9 +70,7 @@ class Job:
         return match[1] if match else "GONE"
 
     def metrics(self, kind: str = "train") -> list[dict[str, Any]]:
-        path = self.run / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [row for row in map(json.loads, lines) if row["kind"] == kind]
+        return read_metrics(self.run, kind)
 
     @property
     def step(self) -> int:
@@ -110,9 +108,7 @@ class Slurm:
     @property
     def env(self) -> dict[str, str]:
         """What a user has in the shell that submits."""
-        extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
-        words = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-        return words | {"TORCH_EXTENSIONS_DIR": extensions, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        return user_environment() | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def command(self, *words: str, cwd: Path = ROOT) -> str:
         done = self.hosts.run("node1", ["env", f"--chdir={cwd}", *words], env=self.env)
@@ -182,10 +178,23 @@ def uninterrupted(folder: Path, max_steps: int) -> list[float]:
     return result.check().losses()
 
 
-def difference(job: Job, losses: list[float]) -> float:
-    """The largest relative difference of a curve to those losses."""
-    own = [row["loss"] for row in job.metrics()]
+def largest_difference(own: Sequence[float], losses: Sequence[float]) -> float:
+    """Relative, of a curve to another of as many steps."""
     return max(abs(a - b) / abs(b) for a, b in zip(own, losses, strict=True))
+
+
+def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The whole lines of a run that may be under way."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def user_environment() -> dict[str, str]:
+    """What a rank on a host needs beside PATH."""
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
+    words = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": extensions}
+    return words | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
 def rank_on(slurm: Slurm, host: str) -> int:
@@ -256,7 +265,8 @@ def main(names: list[str]) -> None:
         losses = uninterrupted(Path(folder) / "plain", max_steps)
         for name in names or ["limit", "kill", "hang", "crash", "cut"]:
             job, row = measure(slurm, name, Path(folder) / name, max_steps, at_step=120)
-            print(json.dumps(row | {"largest_difference": difference(job, losses)}), flush=True)
+            own = [line["loss"] for line in job.metrics()]
+            print(json.dumps(row | {"largest_difference": largest_difference(own, losses)}), flush=True)
 
 
 if __name__ == "__main__":
