@@ -10,6 +10,7 @@ from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SHM = Path("/dev/shm")
+ORPHANS_SAVE_S = 60.0  # ranks that lost their launcher save, then end
 
 
 def adopt_orphans() -> None:
@@ -35,6 +36,15 @@ def descendants(pid: int | None = None) -> list[int]:
         found += below
         todo += below
     return [p for p in found if p not in zombies]
+
+
+def names(pids: Iterable[int]) -> list[str]:
+    """The programs that run in these processes, by the kernel's short names."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found.append(Path(f"/proc/{pid}/comm").read_text().strip())
+    return found
 
 
 def send(pids: Iterable[int], number: int) -> None:

@@ -10,22 +10,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch import processes
+from dstrain.launch.fleet import Fleet, OneHost
 from dstrain.monitor.metrics import METRICS_FILE, append_missing_summary, read_metrics
 from dstrain.resilience.exits import LAUNCHER_DIED, STOP_SIGNALS
 from dstrain.resilience.recorder import read_ring
 
 FINAL = (ExitCode.FINISHED, ExitCode.USER_ERROR, ExitCode.STOPPED, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
-ORPHANS_SAVE_S = 60.0  # ranks that lost their launcher save, then end
 START_UP_S = 5.0  # ranks that have not begun to train have nothing to save
+NO_HOST_S = 600.0  # so long no host may answer
+_ASK_AGAIN_S = 10.0
 _POLL_S = 0.2
 _MAX_BACKOFF_S = 300.0
+
+
+def say(text: str) -> None:
+    """A line of the supervisor's own on the terminal."""
+    print(f"dstrain launch: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -49,24 +56,16 @@ class Outcome:
 
 
 class Supervisor:
-    """Runs `command`, whose run folder is `folder`, and restarts it at most `max_restarts` times."""
+    """Starts what `place` musters, whose run folder is `folder`, and restarts it at most `max_restarts` times."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        folder: Path,
-        *,
-        max_restarts: int,
-        backoff_s: float = 5.0,
-        say: Callable[[str], None] = lambda text: print(f"dstrain launch: {text}", file=sys.stderr, flush=True),
-    ):
-        self.command = list(command)
+    def __init__(self, place: OneHost | Fleet, folder: Path, *, max_restarts: int, backoff_s: float = 5.0):
+        self.place = place
         self.folder = folder
         self.max_restarts = max_restarts
         self.backoff_s = backoff_s
-        self._say = say
         self._signals: list[int] = []
         self._fruitless = 0  # starts in a row that made no step
+        self._old_rings: set[str] = set()  # headers of the black boxes that were there before the present start
 
     def run(self) -> int:
         """The exit code of the run: of its last start, or 128 + n after a second signal."""
@@ -80,20 +79,27 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _run(self) -> int:
+        code = int(ExitCode.USER_ERROR)
         for restart in range(self.max_restarts + 1):
+            command = self._muster()
+            if command is None:
+                return code
+            if not command:
+                return int(ExitCode.STOPPED)
             began = time.monotonic()
-            outcome = self._start_once()
+            outcome = self._start_once(command)
+            code = outcome.exit_code
             self._note(restart, outcome)
             if len(self._signals) > 1:
                 return 128 + self._signals[-1]
             if outcome.is_final or self._signals:
                 return outcome.exit_code
             if why_not := self._why_not_again(outcome, restart):
-                self._say(f"exit code {outcome.exit_code} ({outcome.reason}): {why_not}")
+                say(f"exit code {outcome.exit_code} ({outcome.reason}): {why_not}")
                 return outcome.exit_code
             short = time.monotonic() - began < _MAX_BACKOFF_S
             wait_s = min(_MAX_BACKOFF_S, self.backoff_s * 2**restart) if short else self.backoff_s
-            self._say(
+            say(
                 f"exit code {outcome.exit_code} ({outcome.reason}) after {outcome.steps} steps: "
                 f"restart {restart + 1} of {self.max_restarts} in {wait_s:.0f} s"
             )
@@ -101,9 +107,21 @@ class Supervisor:
                 return int(ExitCode.STOPPED)
         raise AssertionError("the last restart returns")
 
+    def _muster(self) -> list[str] | None:
+        """The command of the next start; empty: a stop was asked for; None: no host has answered for NO_HOST_S."""
+        deadline = time.monotonic() + NO_HOST_S
+        while (command := self.place.muster()) is None:
+            if time.monotonic() > deadline:
+                say(f"no host of the hostfile has answered for {NO_HOST_S / 60:.0f} minutes: gave up")
+                return None
+            if self._stop_asked_within(_ASK_AGAIN_S):
+                return []
+        return command
+
     def _why_not_again(self, outcome: Outcome, restart: int) -> str | None:
         self._fruitless = 0 if outcome.steps else self._fruitless + 1
-        if not outcome.began and not outcome.killed and outcome.exit_code != ExitCode.HUNG:
+        from_outside = outcome.killed or outcome.exit_code == ExitCode.HUNG or self.place.has_lost_hosts
+        if not outcome.began and not from_outside:
             return "it ended before it began to write, so another start would end the same way"
         if self._fruitless > 1:
             return "two starts in a row made no step"
@@ -111,48 +129,41 @@ class Supervisor:
             return "no restart is left" if restart else "--max_restarts is 0"
         return None
 
-    def _start_once(self) -> Outcome:
-        started, segments, before = time.time(), processes.shared_memory(), self._metrics_state()
+    def _start_once(self, command: Sequence[str]) -> Outcome:
+        before = self._metrics_state()
+        self._old_rings = {json.dumps(header) for header, _ in self._all_rings()}
         try:
-            child = subprocess.Popen(self.command, start_new_session=True)
+            child = subprocess.Popen(command, env=self.place.environment, start_new_session=True)
         except OSError as error:
-            raise UserError(
-                f"{self.command[0]} cannot be started ({error.strerror}): name a launcher after --"
-            ) from None
+            raise UserError(f"{command[0]} cannot be started ({error.strerror}): name a launcher after --") from None
         asked = False
         while child.poll() is None:
             time.sleep(_POLL_S)
             if self._signals and not asked:
                 asked = True
-                self._ask_to_stop(started)
+                self._ask_to_stop()
             if len(self._signals) > 1:
                 processes.end_descendants(0.0)
-        training = self._ranks(started)
-        if killed := processes.end_descendants(ORPHANS_SAVE_S if training else START_UP_S):
-            self._say(f"ended {killed} processes that outlived their launcher")
-        for path in processes.remove_unmapped(processes.shared_memory() - segments):
-            self._say(f"removed {path}, which a killed rank left")
-        return self._outcome(child.returncode, started, before)
+            if self.place.is_left_behind():
+                say("a host's part of the run has ended, and the others wait for it: ended them")
+                processes.end_descendants(0.0)
+        grace_s = processes.ORPHANS_SAVE_S if self._rings() else START_UP_S
+        self.place.clean_up(0.0 if len(self._signals) > 1 else grace_s)
+        return self._outcome(child.returncode, before)
 
-    def _ask_to_stop(self, started: float) -> None:
-        """An agreed stop, by a signal to one rank; what has not begun to train just ends."""
-        ranks = self._ranks(started)
+    def _ask_to_stop(self) -> None:
+        ranks = [header["pid"] for header, _ in self._rings()]
         if ranks:
-            self._say(
-                f"{signal.Signals(self._signals[0]).name}: asked the run to save and stop; once more ends it at once"
-            )
-            processes.send(ranks[:1], signal.SIGTERM)
-        else:
-            processes.send(processes.descendants(), signal.SIGTERM)
+            say(f"{signal.Signals(self._signals[0]).name}: asked the run to save and stop; once more ends it at once")
+        self.place.ask_to_stop(ranks)
 
-    def _ranks(self, started: float) -> list[int]:
-        """The ranks on this host that train, by the black box that each has opened since `started`."""
-        below = set(processes.descendants())
-        return [header["pid"] for header, _ in self._rings(started) if header["pid"] in below]
+    def _rings(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """The black boxes that ranks of this start have opened, so that they train. (Clocks of hosts may differ.)"""
+        return [(header, steps) for header, steps in self._all_rings() if json.dumps(header) not in self._old_rings]
 
-    def _rings(self, started: float) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    def _all_rings(self) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
         rings = [read_ring(path) for path in sorted(self.folder.glob("logs/steps_rank_*.ring"))]
-        return [(header, steps) for header, steps in rings if header.get("time", 0.0) >= started - 1.0]
+        return [(header, steps) for header, steps in rings if header]
 
     def _metrics_state(self) -> tuple[int, int, int] | None:
         try:
@@ -161,12 +172,12 @@ class Supervisor:
             return None
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    def _outcome(self, returncode: int, started: float, before: tuple[int, int, int] | None) -> Outcome:
+    def _outcome(self, returncode: int, before: tuple[int, int, int] | None) -> Outcome:
         code = true_code(returncode)
-        steps = max((len({step["step"] for step in steps}) for _, steps in self._rings(started)), default=0)
+        steps = max((len({step["step"] for step in steps}) for _, steps in self._rings()), default=0)
         if self._metrics_state() == before:  # this start wrote nothing: its launcher is the only witness
             code = code or ExitCode.CRASH
-            return Outcome(code, _in_words(code), steps, began=bool(self._rings(started)), killed=code > 128)
+            return Outcome(code, _in_words(code), steps, began=bool(self._rings()), killed=code > 128)
         code = code or ExitCode.CRASH  # zero is believed from a summary only
         append_missing_summary(self.folder, code, f"ended without a summary: {_in_words(code)}")
         lines = read_metrics(self.folder)
