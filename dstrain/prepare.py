@@ -97,7 +97,8 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
         from dstrain.resilience.causes import how_it_ended, rename_error
         from dstrain.resilience.safety import Safety
 
-        safety = Safety(Launch.from_environment().rank, args.run.hang_timeout, compiles=args.model.compile is not None)
+        pauses = args.model.compile is not None or args.run.profile
+        safety = Safety(Launch.from_environment().rank, args.run.hang_timeout, pauses=pauses)
         run = None
         try:
             run = _build(args, configuration, startup, safety, swap)

@@ -224,6 +224,7 @@ class Run:
 
     def sample(self, step: int) -> None:
         """What the model writes now, as an event. A collective."""
+        self.safety.beat("sample", step)
         prompt, text = self._sample()
         self.monitor.event(step, "sample", f"continuing {prompt!r}: {text!r}")
         self.safety.beat("step", step)

@@ -134,7 +134,10 @@ class Fleet:
 
     def _choose(self, hosts: list[Host]) -> tuple[list[Host], str | None]:
         """As many hosts as the degrees and the global batch allow, and the configuration if it isn't the run's own."""
-        arguments = parse_arguments(self._flags).run
+        try:
+            arguments = parse_arguments(self._flags).run
+        except UserError:  # another script, with flags of its own
+            return hosts, None
         own = arguments.deepspeed_config
         identity = RunFolder(self._folder).read().get("identity", {})
         for config in filter(None, (own, self._smaller_config)):

@@ -57,14 +57,14 @@ class BatchNames:
 class Safety:
     """One object per run and rank, built before anything can hang; `step` is always the number of completed steps.
 
-    hang_timeout_s: seconds without progress, or None for the watchdog's own limits. compiles: the model is compiled.
+    hang_timeout_s: seconds without progress, or None for the watchdog's own limits. pauses: as of the watchdog.
     """
 
     stop: AgreedStop
     guard: Guard
     recorder: Recorder
 
-    def __init__(self, rank: int, hang_timeout_s: float | None, *, compiles: bool):
+    def __init__(self, rank: int, hang_timeout_s: float | None, *, pauses: bool):
         self.rank = rank
         self.lifeline = Lifeline()
         self._monitor: LastWords = _NoRunFolder()
@@ -73,7 +73,7 @@ class Safety:
         self.watchdog = Watchdog(
             rank,
             timeout_s=hang_timeout_s,
-            compiles=compiles,
+            pauses=pauses,
             last_words=self._last_words,
             tell=lambda code, text: self.lifeline.tell(code, text),
         )

@@ -22,13 +22,15 @@ FLOOR_S = {
     "start": 1800.0,  # the process group, ops that are built, the engine, the first step with its compilation
     "loading": 7200.0,  # data, model, checkpoint: one rank may tokenise for long while the others wait (START_TIMEOUT)
     "loading_alone": 86400.0,  # one process waits for nobody
-    "step": 300.0,
-    "evaluation": 300.0,
+    "step": 50.0,  # with the end of all ranks, a hang is over within a minute
+    "evaluation": 50.0,
+    "sample": 1800.0,
     "save": 1800.0,
     "end": 1800.0,
 }
 _FLOOR_HOLDS = ("start", "loading", "loading_alone", "end")  # whatever --hang_timeout says, which is of steps
 COMPILE_S = 1800.0  # the first evaluation of a compiled model
+PAUSE_S = 300.0  # instead of the floors of step and evaluation
 _MARGIN_S = 10.0  # what the thread gets before the kernel's timer
 _MIN_GROUP_TIMEOUT_S = 60.0
 
@@ -36,7 +38,8 @@ _MIN_GROUP_TIMEOUT_S = 60.0
 class Watchdog:
     """Watches from the first beat on.
 
-    timeout_s: seconds without a beat, or None for a multiple of the median step. compiles: the model is compiled.
+    timeout_s: seconds without a beat, or None for a multiple of the median step. pauses: a step may take minutes
+    now and then, since a model is compiled again, or a trace written.
     last_words: writes event and summary. tell: says to the other ranks why this one ends.
     """
 
@@ -45,14 +48,14 @@ class Watchdog:
         rank: int,
         *,
         timeout_s: float | None = None,
-        compiles: bool = False,
+        pauses: bool = False,
         last_words: Callable[[ExitCode, str, str], None] = lambda code, name, text: None,
         tell: Callable[[int, str], None] = lambda code, text: None,
     ):
         self.rank = rank
         self.file: Path | None = None
         self.timeout_s = timeout_s
-        self._first_evaluation = compiles
+        self._pauses = self._first_evaluation = pauses
         self._describe: Callable[[], str] = str
         self._last_words = last_words
         self._tell = tell
@@ -89,8 +92,8 @@ class Watchdog:
             return max(FLOOR_S[self._activity], self.timeout_s or 0.0)
         if self.timeout_s is not None:
             return self.timeout_s
-        steps = list(self._steps)
-        return max(FLOOR_S[self._activity], MEDIAN_STEPS * statistics.median(steps) if steps else 0.0)
+        steps, floor = list(self._steps), max(FLOOR_S[self._activity], PAUSE_S if self._pauses else 0.0)
+        return max(floor, MEDIAN_STEPS * statistics.median(steps) if steps else 0.0)
 
     @property
     def group_timeout_s(self) -> float:

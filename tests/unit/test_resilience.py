@@ -199,7 +199,7 @@ def test_a_new_ring_keeps_the_one_before(tmp_path):
 
 
 def test_limits_of_the_watchdog():
-    chosen = watchdog.Watchdog(0, timeout_s=5.0, compiles=True)
+    chosen = watchdog.Watchdog(0, timeout_s=5.0, pauses=True)
     for activity in ("start", "loading"):  # what takes what it takes, but not for ever
         chosen.beat(activity, 0)
         assert chosen.limit_s == watchdog.FLOOR_S[activity] > 5.0
@@ -210,6 +210,10 @@ def test_limits_of_the_watchdog():
     chosen.beat("evaluation", 1)
     assert chosen.limit_s == 5.0
     chosen.close()
+    compiled = watchdog.Watchdog(0, pauses=True)
+    compiled.beat("step", 1)
+    assert compiled.limit_s == watchdog.PAUSE_S
+    compiled.close()
     automatic = watchdog.Watchdog(0)
     automatic.beat("step", 1)
     automatic.beat("step", 2)

@@ -1,0 +1,276 @@
+"""Lose a rank, a launcher, a host or a cable of a run over two hosts, and measure what becomes of it.
+
+    python -m tests.host_faults > docs/clusters/faults.md                     # the table, about ten minutes
+    python -m tests.host_faults --ways pdsh --faults crashed_host --keep /tmp/faults
+    python -m tests.host_faults --there_and_back                              # 2 hosts -> 1 -> 2, per layout
+
+The hosts are namespaces of this machine (`tests.cluster`), with a rank each and a run folder that both see. A host
+crashes as by a power cut: it sends nothing more. Nobody helps the run after the fault. On each host stands a process
+of somebody else's run of the same Python, which must survive.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstrain.launch import sweep
+from tests import faults as inputs
+from tests import forked
+from tests.cluster import Cluster, build_cluster, why_not
+from tests.distributed import parity
+from tests.launch import BIN, ROOT
+
+SCRIPT = ROOT / "tests" / "paced.py"
+STEPS, SAVE_EVERY, STRIKE_AT = 30, 4, 10
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache" / "torch_extensions"),
+    "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+}
+CONFIG = parity.ADAMW | parity.zero(1)
+_STRANGER = ["-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "paced.py", "--output_dir", "/somewhere/else"]
+
+
+class Trial:
+    """One run over the hosts of a cluster, under way. way: "pdsh" (with the supervisor) or "torchrun"."""
+
+    def __init__(self, cluster: Cluster, way: str, config: dict[str, Any] = CONFIG, *more: str, steps: int = STEPS):
+        self.cluster, self.way = cluster, way
+        self.inputs = cluster.folder / "inputs"
+        self.folder = self.inputs / "run"
+        flags = inputs.flags(self.inputs, config)
+        flags += ["--max_steps", str(steps), "--save_steps", str(SAVE_EVERY), "--save_total_limit", "2"]
+        words = [str(SCRIPT), *flags]
+        environment = "".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items())
+        (cluster.folder / "home" / ".deepspeed_env").write_text(environment)
+        self.strangers = [self._start(name, [sys.executable, "-c", _SLEEP, *_STRANGER]) for name in cluster.names]
+        if way == "pdsh":
+            launch = [str(BIN / "dstrain"), "launch", "--max_restarts", "3", "--backoff", "1", *more, "--"]
+            deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(cluster.hostfile())]
+            self.launchers = [self._start(cluster.names[0], [*launch, *deepspeed, *words], "launch")]
+        else:
+            head = [str(BIN / "torchrun"), "--nnodes", f"1:{len(cluster.names)}", "--nproc_per_node", "1"]
+            head += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+            head += ["--rdzv-endpoint", f"{cluster.names[0]}:29400"]
+            self.launchers = [self._start(name, [*head, *words], name) for name in cluster.names]
+
+    def _start(self, host: str, command: Sequence[str], log: str | None = None) -> subprocess.Popen:
+        out = os.open(self.cluster.folder / f"{log}.log" if log else os.devnull, os.O_WRONLY | os.O_CREAT, 0o644)
+        inside = self.cluster.command(host, command, ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+        try:
+            return subprocess.Popen(inside, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+        finally:
+            os.close(out)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [row for row in map(json.loads, filter(None, lines)) if row["kind"] == kind]
+
+    def step(self) -> int:
+        return max((row["step"] for row in self.rows("train")), default=0)
+
+    def resumes(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows("event") if row["name"] == "resume"]
+
+    def processes(self) -> dict[int, str]:
+        """Of the run, on all hosts: process id as seen from outside -> role."""
+        return sweep.find(SCRIPT.name, self.folder.resolve())
+
+    def on_host(self, host: str, role: str) -> list[int]:
+        space = os.readlink(f"/proc/{self.cluster.inits[host]}/ns/pid")
+        found = [pid for pid, its_role in self.processes().items() if its_role == role]
+        return [pid for pid in found if os.readlink(f"/proc/{pid}/ns/pid") == space]
+
+    def wait_for(self, what: str, reached: Callable[[], Any], timeout_s: float = 180.0) -> float:
+        """Seconds until `reached`; fails, with the ends of the logs, after timeout_s."""
+        began = time.monotonic()
+        while not reached():
+            over = what != "ended" and all(launcher.poll() is not None for launcher in self.launchers)
+            if time.monotonic() - began > timeout_s or (over and not reached()):
+                logs = "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.cluster.folder.glob("*.log"))
+                raise AssertionError(f"not {what} within {timeout_s:.0f} s\n{logs}")
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def end(self) -> list[int | None]:
+        """What the launchers returned; the strangers are ended too, and must have lived until now on living hosts."""
+        self.wait_for("ended", lambda: all(launcher.poll() is not None for launcher in self.launchers))
+        return [launcher.returncode for launcher in self.launchers]
+
+    def close(self) -> None:
+        for process in (*self.launchers, *self.strangers):
+            process.kill()
+            process.wait()
+
+
+_SLEEP = "import time; time.sleep(3600)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one fault came to; times in seconds after the fault. code: of the start that it ended, by its summary."""
+
+    way: str
+    fault: str
+    noticed_s: float
+    code: int
+    next_step_s: float
+    steps_lost: int
+    orphans: int
+    strangers_killed: int
+    difference: float  # of losses to the uninterrupted run, the largest relative one
+    hosts_after: int
+
+    @property
+    def good(self) -> bool:
+        return self.noticed_s <= 60 and not self.orphans and not self.strangers_killed and self.difference <= 1e-5
+
+
+def _kill_rank(trial: Trial, host: str) -> None:
+    os.kill(trial.on_host(host, "rank")[0], signal.SIGKILL)
+
+
+def _kill_launcher(trial: Trial, host: str) -> None:
+    if trial.way == "pdsh":
+        os.kill(trial.on_host(host, "launcher")[0], signal.SIGKILL)
+    else:
+        parent = Path(f"/proc/{trial.on_host(host, 'rank')[0]}/stat").read_text().rsplit(")", 1)[1].split()[1]
+        os.kill(int(parent), signal.SIGKILL)
+
+
+def _kill_runner(trial: Trial, host: str) -> None:
+    """The `deepspeed` process that the supervisor started."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        words = (entry / "cmdline").read_bytes().split(b"\0") if (entry / "cmdline").exists() else []
+        if len(words) > 1 and words[1].endswith(b"/deepspeed") and str(trial.folder).encode() in words:
+            os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _crash(trial: Trial, host: str) -> None:
+    trial.cluster.cut(host)  # a power cut says no goodbye
+    trial.cluster.crash(host)
+
+
+def _cut(trial: Trial, host: str) -> None:
+    trial.cluster.cut(host)
+
+
+def _hang(trial: Trial, host: str) -> None:
+    (trial.folder / "hang_1").touch()
+
+
+FAULTS: dict[str, Callable[[Trial, str], None]] = {
+    "killed_rank": _kill_rank,
+    "killed_launcher": _kill_launcher,
+    "killed_runner": _kill_runner,
+    "crashed_host": _crash,
+    "cut_cable": _cut,
+    "hung_rank": _hang,
+}
+WAYS = ("pdsh", "torchrun")
+
+
+def measure(way: str, fault: str, folder: Path, reference: Sequence[float]) -> Row:
+    """One run, one fault on the second host, one row."""
+    with build_cluster(folder) as cluster:
+        trial, victim = Trial(cluster, way), cluster.names[1]
+        try:
+            trial.wait_for("training", lambda: trial.step() >= STRIKE_AT)
+            before, highest = trial.processes(), trial.step()
+            FAULTS[fault](trial, victim)
+            struck = time.monotonic()
+            trial.wait_for("noticed", lambda: not before.keys() & trial.processes().keys())
+            noticed_s = time.monotonic() - struck
+            highest = max(highest, trial.step()) if not trial.resumes() else highest
+            code = (trial.rows("summary") or [{"exit_code": None}])[-1]["exit_code"]
+            (trial.folder / "hang_1").unlink(missing_ok=True)
+            trial.wait_for("resumed", trial.resumes)
+            resumed = trial.resumes()[-1]["step"]
+            trial.wait_for("training again", lambda: trial.step() > resumed)
+            next_step_s = time.monotonic() - struck
+            hosts = len({pid for pid, role in trial.processes().items() if role == "rank"})
+            codes = trial.end()
+            assert 0 in codes, f"{way} {fault}: {codes}"
+            alive = [name for name in cluster.names if name in cluster.inits]
+            killed = sum(
+                p.poll() is not None for n, p in zip(cluster.names, trial.strangers, strict=True) if n in alive
+            )
+            return Row(
+                way, fault, noticed_s, code, next_step_s, highest - resumed, _orphans(trial, alive), killed,
+                difference(trial, reference), hosts,
+            )  # fmt: skip
+        finally:
+            trial.close()
+
+
+def _orphans(trial: Trial, alive: Sequence[str]) -> int:
+    """Processes and segments that the run has left on a host, five seconds after it ended."""
+    time.sleep(5.0)
+    left = len(trial.processes())
+    for name in alive:
+        left += sum(_SLEEP not in line for line in trial.cluster.processes(name))
+        left += len(trial.cluster.run(name, ["ls", "/dev/shm"]).stdout.split())
+    return left
+
+
+def difference(trial: Trial, reference: Sequence[float]) -> float:
+    losses = [row["loss"] for row in trial.rows("train")]
+    assert len(losses) == len(reference), f"{len(losses)} steps, not {len(reference)}"
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+
+
+def uninterrupted(folder: Path, config: dict[str, Any], steps: int = STEPS) -> list[float]:
+    """The losses of the same run in one process that nothing happens to."""
+    flags = [*inputs.flags(folder, config), "--max_steps", str(steps)]
+    at = flags.index("--output_dir")
+    return forked.train(folder / "run", *flags[:at], *flags[at + 2 :]).check().losses()
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    head = ["way", "fault", "all ended after", "exit code of that start", "next step after", "steps lost"]
+    head += ["goes on with ranks", "left over", "strangers killed", "largest difference of losses"]
+    lines = [" | ".join(head), " | ".join(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    for row in rows:
+        cells = [row.way, row.fault.replace("_", " "), f"{row.noticed_s:.1f} s", row.code, f"{row.next_step_s:.1f} s"]
+        cells += [row.steps_lost, row.hosts_after, row.orphans, row.strangers_killed, f"{row.difference:.1e}"]
+        lines.append(" | ".join(map(str, cells)))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--keep", type=Path, help="folder for runs and logs (default: a temporary one)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are taken down all the same
+    if reason := why_not("pdsh"):
+        print(reason, file=sys.stderr)
+        return 2
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        reference = uninterrupted(folder / "reference", CONFIG)
+        for way in args.ways:
+            for fault in args.faults:
+                if (way, fault) != ("torchrun", "killed_runner"):  # there is none
+                    rows.append(measure(way, fault, folder / f"{way}_{fault}", reference))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    print(as_table(rows))
+    return 0 if all(row.good for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
