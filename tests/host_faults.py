@@ -35,7 +35,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
-    "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache" / "torch_extensions"),
     "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
 }
 CONFIG = parity.ADAMW | parity.zero(1)
@@ -63,11 +62,15 @@ class Trial:
             head = [str(BIN / "torchrun"), "--nnodes", f"1:{len(cluster.names)}", "--nproc_per_node", "1"]
             head += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
             head += ["--rdzv-endpoint", f"{cluster.names[0]}:29400"]
-            self.launchers = [self._start(name, [*head, *words], name) for name in cluster.names]
+            self.launchers = [self._start(name, [*head, *words], name, home=Path.home()) for name in cluster.names]
 
-    def _start(self, host: str, command: Sequence[str], log: str | None = None) -> subprocess.Popen:
+    def _start(
+        self, host: str, command: Sequence[str], log: str | None = None, home: Path | None = None
+    ) -> subprocess.Popen:
+        """home: that of an ssh login, where the ops are built; without it, the one with the `.deepspeed_env`."""
+        env = ENVIRONMENT | {"PYTHONPATH": str(ROOT), **({"HOME": str(home)} if home else {})}
         out = os.open(self.cluster.folder / f"{log}.log" if log else os.devnull, os.O_WRONLY | os.O_CREAT, 0o644)
-        inside = self.cluster.command(host, command, ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+        inside = self.cluster.command(host, command, env)
         try:
             return subprocess.Popen(inside, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         finally:
@@ -99,13 +102,15 @@ class Trial:
         while not reached():
             over = what != "ended" and all(launcher.poll() is not None for launcher in self.launchers)
             if time.monotonic() - began > timeout_s or (over and not reached()):
-                logs = "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.cluster.folder.glob("*.log"))
-                raise AssertionError(f"not {what} within {timeout_s:.0f} s\n{logs}")
+                raise AssertionError(f"not {what} within {timeout_s:.0f} s\n{self.log()}")
             time.sleep(0.05)
         return time.monotonic() - began
 
+    def log(self) -> str:
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.cluster.folder.glob("*.log")))
+
     def end(self) -> list[int | None]:
-        """What the launchers returned; the strangers are ended too, and must have lived until now on living hosts."""
+        """What the launchers returned."""
         self.wait_for("ended", lambda: all(launcher.poll() is not None for launcher in self.launchers))
         return [launcher.returncode for launcher in self.launchers]
 
@@ -180,6 +185,13 @@ FAULTS: dict[str, Callable[[Trial, str], None]] = {
     "hung_rank": _hang,
 }
 WAYS = ("pdsh", "torchrun")
+NOT_THERE = [("torchrun", "killed_runner")]
+# Layout on two hosts -> (its configuration, the one for a single host).
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "zero1": (CONFIG, None),
+    "zero3": (parity.ADAMW | parity.zero(3), None),
+    "pipeline_to_zero": (parity.ADAMW | parity.zero(1) | {"pipeline": {"stages": 2}}, CONFIG),
+}
 
 
 def measure(way: str, fault: str, folder: Path, reference: Sequence[float]) -> Row:
@@ -211,6 +223,44 @@ def measure(way: str, fault: str, folder: Path, reference: Sequence[float]) -> R
                 way, fault, noticed_s, code, next_step_s, highest - resumed, _orphans(trial, alive), killed,
                 difference(trial, reference), hosts,
             )  # fmt: skip
+        finally:
+            trial.close()
+
+
+@dataclass(frozen=True)
+class Return:
+    """A run whose second host crashed and came back. worlds: ranks of its starts. difference: as of a row."""
+
+    layout: str
+    worlds: list[int]
+    steps_lost: int
+    difference: float
+
+
+def there_and_back(layout: str, folder: Path) -> Return:
+    """Two hosts; one crashes and boots again; a killed rank brings about the restart that takes it back."""
+    config, smaller = LAYOUTS[layout]
+    reference = uninterrupted(folder / "reference", CONFIG)
+    more: list[str] = []
+    if smaller is not None:
+        (folder / "smaller.json").write_text(json.dumps(smaller))
+        more = ["--smaller_config", str(folder / "smaller.json")]
+    with build_cluster(folder / "cluster") as cluster:
+        trial = Trial(cluster, "pdsh", config, *more)
+        try:
+            worlds, lost = [], 0
+            for number, fault in enumerate((lambda: cluster.crash("node2"), lambda: _kill_rank(trial, "node1"), None)):
+                trial.wait_for("training", lambda at=10 * number + 6: trial.step() >= at)  # type: ignore[misc]
+                worlds.append(sum(role == "rank" for role in trial.processes().values()))
+                highest = trial.step()
+                if fault is not None:
+                    fault()
+                    trial.wait_for("resumed", lambda count=number: len(trial.resumes()) > count)  # type: ignore[misc]
+                    lost += highest - trial.resumes()[-1]["step"]
+                if number == 0:
+                    cluster.boot("node2")
+            assert trial.end() == [0], trial.log()
+            return Return(layout, worlds, lost, difference(trial, reference))
         finally:
             trial.close()
 
@@ -254,6 +304,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--keep", type=Path, help="folder for runs and logs (default: a temporary one)")
+    parser.add_argument("--there_and_back", action="store_true", help="the other table: 2 hosts, 1, and 2 again")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are taken down all the same
     if reason := why_not("pdsh"):
@@ -262,10 +313,14 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
+        if args.there_and_back:
+            for layout in LAYOUTS:
+                print(there_and_back(layout, folder / layout), flush=True)
+            return 0
         reference = uninterrupted(folder / "reference", CONFIG)
         for way in args.ways:
             for fault in args.faults:
-                if (way, fault) != ("torchrun", "killed_runner"):  # there is none
+                if (way, fault) not in NOT_THERE:
                     rows.append(measure(way, fault, folder / f"{way}_{fault}", reference))
                     print(rows[-1], file=sys.stderr, flush=True)
     print(as_table(rows))

@@ -147,7 +147,7 @@ class Supervisor:
             if self.place.is_left_behind():
                 say("a host's part of the run has ended, and the others wait for it: ended them")
                 processes.end_descendants(0.0)
-        grace_s = processes.ORPHANS_SAVE_S if self._rings() else START_UP_S
+        grace_s = processes.ORPHANS_SAVE_S if self._rings() and not self._has_summary(before) else START_UP_S
         self.place.clean_up(0.0 if len(self._signals) > 1 else grace_s)
         return self._outcome(child.returncode, before)
 
@@ -171,6 +171,11 @@ class Supervisor:
         except OSError:
             return None
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _has_summary(self, before: tuple[int, int, int] | None) -> bool:
+        """Whether rank 0 of this start has said how it ended: then nobody saves any more."""
+        lines = read_metrics(self.folder) if self._metrics_state() != before else []
+        return bool(lines) and lines[-1]["kind"] == "summary"
 
     def _outcome(self, returncode: int, before: tuple[int, int, int] | None) -> Outcome:
         code = true_code(returncode)

@@ -211,3 +211,13 @@ def test_a_sweep_ends_what_is_the_runs_and_nothing_else(tmp_path):
         finally:
             rank.kill()
             other.kill()
+
+
+def test_the_runner_kills_by_pattern():
+    """Why `deepspeed` over pdsh must not get a SIGTERM: the pattern holds neither script nor run folder."""
+    from deepspeed.launcher import multinode_runner, runner
+
+    args = runner.parse_args(["--master_addr", "a", "train.py", "--output_dir", "/data/run"])
+    _, kill_command, _ = multinode_runner.PDSHRunner(args, "e30=").get_cmd({}, {"a": [0], "b": [0]})
+    assert kill_command[-2] == "pkill -f "
+    assert "deepspeed.launcher.launch" in kill_command[-1] and "/data/run" not in kill_command[-1]
