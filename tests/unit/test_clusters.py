@@ -270,6 +270,7 @@ exit 1
 def test_a_start_from_a_hostfile_is_supervised(engine, program, tmp_path, monkeypatch):
     """The code is the run's own, and one that starting again cannot help is final."""
     stub(program, FINISHED)
+    (tmp_path / "hosts").write_text("localhost slots=8\n")  # hosts that are elsewhere would be asked first
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert launch(engine, GIVEN[engine], dry_run=False) == 77
     assert (tmp_path / "starts").read_text() == "start\n"
