@@ -232,7 +232,7 @@ def measure(slurm: Slurm, fault: str, folder: Path, max_steps: int, at_step: int
     Slurm (22.05) lets a requeued job wait: they are cut short. steps_lost: made before the fault, and made again.
     """
     limit = ["--time_limit", "00:02:00", "--grace_s", "60"] if fault == "limit" else ["--time_limit", "00:10:00"]
-    flags = [*training(folder / "inputs", max_steps), *(["--hang_timeout", "20"] if fault == "hang" else [])]
+    flags = [*training(folder / "inputs", max_steps), *(["--hang_timeout", "10"] if fault == "hang" else [])]
     job = slurm.submit(folder, limit, flags)
     job.wait(lambda: job.step >= at_step)
     if fault == "limit":

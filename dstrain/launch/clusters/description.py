@@ -59,12 +59,6 @@ class Written:
     supervised: bool = False
 
 
-def rank_command(description: RunDescription, **variables: str) -> list[str]:
-    """Our script in a process whose engine tells its place by variables of its own: they get torch's names first."""
-    names = " ".join(f"{name}={value}" for name, value in variables.items())
-    return ["bash", "-c", f'{names} exec python "$@"', "rank", description.script, *description.flags]
-
-
 def quoted(words: list[str] | tuple[str, ...]) -> str:
     """A command as a shell takes it."""
     return shlex.join(words)

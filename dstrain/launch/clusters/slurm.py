@@ -3,7 +3,7 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dstrain.errors import ExitCode
-from dstrain.launch.clusters.description import SCHEDULED, RunDescription, Written, quoted, rank_command
+from dstrain.launch.clusters.description import SCHEDULED, RunDescription, Written, quoted
 
 TAKES = SCHEDULED | {"time_limit", "engine_args"}
 _FINAL = (ExitCode.FINISHED, ExitCode.USER_ERROR, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
@@ -20,13 +20,14 @@ def write(description: RunDescription) -> Written:
         autoescape=False,
     )
     templates.filters["quoted"] = lambda word: quoted([word])
-    ranks = rank_command(
-        description,
-        RANK="$SLURM_PROCID",
-        LOCAL_RANK="$SLURM_LOCALID",
-        WORLD_SIZE="$SLURM_NTASKS",
-        LOCAL_WORLD_SIZE=str(description.num_procs_per_node),
-    )
+    place = {
+        "RANK": "$SLURM_PROCID",
+        "LOCAL_RANK": "$SLURM_LOCALID",
+        "WORLD_SIZE": "$SLURM_NTASKS",
+        "LOCAL_WORLD_SIZE": str(description.num_procs_per_node),
+    }
+    named = " ".join(f"{name}={value}" for name, value in place.items())
+    ranks = ["bash", "-c", f'{named} exec python "$@"', "rank", description.script, *description.flags]
     text = templates.get_template("slurm.sbatch.jinja").render(
         run=description,
         ranks=quoted(ranks),
