@@ -91,7 +91,9 @@ class Job:
         return time.monotonic() - start
 
     def start_now(self) -> None:
-        """Cut short the two minutes that Slurm (22.05) lets a requeued job wait."""
+        """Cut short the two minutes that Slurm (22.05) lets a requeued job wait, but not all of them: a host that has
+        just revoked the job's credential starts nothing for it."""
+        time.sleep(5)
         self.slurm.command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def wait_for_end(self, timeout_s: float = 300.0) -> str:
