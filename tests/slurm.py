@@ -9,6 +9,7 @@ Root, namespaces (`tests.cluster`) and `apt-get install slurmctld slurmd munge` 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,7 @@ class Slurm:
 def build_slurm(folder: Path) -> Iterator[Slurm]:
     """node1 (which also is the controller) and node2, idle. folder: new or empty."""
     with cluster.build_cluster(folder / "hosts") as hosts:
+        give_ops(hosts)
         slurm = Slurm(hosts, folder / "slurm")
         slurm.up()
         yield slurm
@@ -193,9 +195,17 @@ def read_metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
+def give_ops(hosts: Cluster) -> None:
+    """Each host's own copy of the compiled op: the builders of another host are not among its processes, and their
+    lock on a shared folder would look like one that a dead build left."""
+    for name in hosts.names:
+        disk = hosts.folder / f"{name}.disk" / "ops"  # its /mnt/ops
+        shutil.copytree(extensions_root() / "deepspeed_shm_comm", disk / "deepspeed_shm_comm")
+
+
 def user_environment() -> dict[str, str]:
     """What a rank on a host needs beside PATH."""
-    words = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions_root())}
+    words = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": "/mnt/ops"}
     return words | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 

@@ -17,6 +17,7 @@ def test_two_hosts_have_the_losses_of_one(engine, tmp_path):
     losses = slurm.uninterrupted(tmp_path / "plain", 10)
     flags = slurm.training(tmp_path / "two", 10)
     with cluster.build_cluster(tmp_path / "hosts") as hosts:
+        slurm.give_ops(hosts)
         env = slurm.user_environment()
         own = [*OWN[engine], "--hostfile", str(hosts.hostfile())]
         if engine == "mpi":
