@@ -270,7 +270,7 @@ def measure(slurm: Slurm, fault: str, folder: Path, max_steps: int, at_step: int
     return job, row | {"next_step_s": round(next_step_s, 1), "steps_lost": step - resumed}
 
 
-STEPS = {"limit": 1000, "usr1": 200, "kill": 200, "hang": 200, "crash": 200, "cut": 200}
+STEPS = {"limit": 3000, "usr1": 200, "kill": 200, "hang": 200, "crash": 200, "cut": 200}
 
 
 def main(names: list[str]) -> None:

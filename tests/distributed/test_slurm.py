@@ -42,7 +42,7 @@ def test_ranks_get_their_place_and_the_job_acts_on_their_code(tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("fault", ["limit", "usr1", "kill"])
+@pytest.mark.parametrize("fault", ["usr1", "kill"])
 def test_a_run_that_was_queued_again_has_the_curve_of_the_uninterrupted_one(fault, tmp_path):
     steps = slurm.STEPS[fault]
     losses = slurm.uninterrupted(tmp_path / "plain", steps)
