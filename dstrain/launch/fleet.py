@@ -183,7 +183,8 @@ class Fleet:
             return False
         self._looked_at = now
         names = processes.names(processes.descendants())
-        if not ("pdsh" in names and 0 < names.count("ssh") < len(self._hosts)):
+        over_pdsh = any(name.startswith("pdsh") for name in names)  # pdsh.bin on Debian
+        if not (over_pdsh and 0 < names.count("ssh") < len(self._hosts)):
             self._alone_since = now
         return now - self._alone_since > LEFT_BEHIND_S
 

@@ -152,9 +152,9 @@ def test_hosts_that_are_left_behind_are_not_waited_for(hosts):
     with mock.patch.object(processes, "names") as names, mock.patch.object(fleet.time, "monotonic") as clock:
         for seconds, running, expected in (
             (10, ["deepspeed", "pdsh", "ssh", "ssh", "ssh"], False),
-            (20, ["deepspeed", "pdsh", "ssh", "ssh"], False),
-            (35, ["deepspeed", "pdsh", "ssh"], False),
-            (51, ["deepspeed", "pdsh", "ssh"], True),
+            (20, ["deepspeed", "pdsh.bin", "ssh", "ssh"], False),
+            (35, ["deepspeed", "pdsh.bin", "ssh"], False),
+            (51, ["deepspeed", "pdsh.bin", "ssh"], True),
         ):
             names.return_value, clock.return_value = running, now + seconds
             assert place.is_left_behind() is expected, seconds
