@@ -304,7 +304,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--keep", type=Path, help="folder for runs and logs (default: a temporary one)")
-    parser.add_argument("--there_and_back", action="store_true", help="the other table: 2 hosts, 1, and 2 again")
+    parser.add_argument("--there_and_back", nargs="*", choices=LAYOUTS, help="instead: 2 hosts, 1, and 2 again")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are taken down all the same
     if reason := why_not("pdsh"):
@@ -313,8 +313,8 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
-        if args.there_and_back:
-            for layout in LAYOUTS:
+        if args.there_and_back is not None:
+            for layout in args.there_and_back or LAYOUTS:
                 print(there_and_back(layout, folder / layout), flush=True)
             return 0
         reference = uninterrupted(folder / "reference", CONFIG)

@@ -149,11 +149,12 @@ class Fleet:
 
     def _tell(self, listed: list[Host], silent: dict[str, Any], config: str | None) -> None:
         idle = [host.name for host in listed if host not in self._hosts and host.name not in silent]
+        ranks = sum(host.slots for host in self._hosts)
         parts = [
-            f"starts on {', '.join(host.name for host in self._hosts)} ({sum(h.slots for h in self._hosts)} ranks)",
+            f"starts {ranks} rank{'s' if ranks > 1 else ''} on {', '.join(host.name for host in self._hosts)}",
             *([f"with {config}"] if config else []),
-            *([f"not on {', '.join(idle)}: that number of ranks does not divide degrees and batch"] if idle else []),
-            *[f"not on {problem}" for problem in silent.values()],
+            *([f"not on {', '.join(idle)}: degrees and batch do not divide by that many"] if idle else []),
+            *[f"without {host} ({problem.removeprefix(f'{host} ')})" for host, problem in silent.items()],
         ]
         self._say("; ".join(parts))
 

@@ -18,7 +18,7 @@ def test_a_run_goes_on_without_a_crashed_host(tmp_path):
             trial.wait_for("training", lambda: trial.step() >= 5)
             cluster.crash("node2")
             assert trial.end() == [0], trial.log()
-            assert "starts on node1 (1 ranks); not on node2" in trial.log()
+            assert "starts 1 rank on node1; without node2" in trial.log()
             assert len(trial.resumes()) == 1 and host_faults.difference(trial, reference) <= 1e-5
             assert trial.strangers[0].poll() is None and not trial.processes()
         finally:

@@ -93,7 +93,8 @@ def test_a_start_takes_the_hosts_that_answer_and_takes_a_returned_one_back(hosts
     # 3 ranks do not divide the batch of 8
     assert hostfile_of(command) == ["host-b slots=1"] and "--force_multi" in command
     assert "--master_addr" not in command  # that was host-a's
-    assert "not on host-c: that number of ranks" in hosts.said[-1] and "host-a runs no ssh server" in hosts.said[-1]
+    assert "starts 1 rank on host-b; not on host-c: degrees and batch" in hosts.said[-1]
+    assert "without host-a (runs no ssh server" in hosts.said[-1]
     hosts.answer("host-a", "host-b", "host-c")
     assert len(hostfile_of(place.muster())) == 3
     hosts.answer()
