@@ -205,7 +205,7 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
             say(f"building {builder.name} (once; about {usual_s[name]} s on two cores) into {root / builder.name}")
         start = time.monotonic()
         try:
-            builder.load(verbose=False)
+            _load(builder)
         except (RuntimeError, ImportError, OSError) as error:
             raise UserError(f"DeepSpeed's op {builder.name} does not build: {_last_error(str(error))}") from error
         unchanged = library.exists() and library.stat().st_mtime_ns == before
@@ -214,6 +214,13 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
             say(f"built {builder.name} in {seconds:.0f} s")
         built.append(BuiltOp(builder.name, seconds))
     return built
+
+
+def _load(builder: Any) -> None:
+    try:
+        builder.load(verbose=False)
+    except FileNotFoundError:  # a container or host that sees this file, but not this process, took its lock for stale
+        builder.load(verbose=False)
 
 
 def _last_error(output: str) -> str:
