@@ -60,7 +60,7 @@ class Trial:
             self.launchers = [self._start(cluster.names[0], [*launch, *deepspeed, *words], "launch")]
         else:
             head = [str(BIN / "torchrun"), "--nnodes", f"1:{len(cluster.names)}", "--nproc_per_node", "1"]
-            head += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+            head += ["--max-restarts", "10", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
             head += ["--rdzv-endpoint", f"{cluster.names[0]}:29400"]
             self.launchers = [self._start(name, [*head, *words], name, home=Path.home()) for name in cluster.names]
 
