@@ -106,10 +106,14 @@ def is_this_host(name: str) -> bool:
     return address in own
 
 
+def words_on(host: str, command: Sequence[str]) -> list[str]:
+    """What runs `command` on a host: over ssh, unless it is this one."""
+    return list(command) if is_this_host(host) else ["ssh", *SSH_OPTIONS, host, shlex.join(command)]
+
+
 def ask(host: str, command: Sequence[str], *, timeout_s: float, stdin: str = "") -> Answer:
-    """Run `command` on a host (over ssh, unless it is this one) and wait for it. Never raises for a failure."""
-    here = is_this_host(host)
-    words = list(command) if here else ["ssh", *SSH_OPTIONS, host, shlex.join(command)]
+    """Run `command` on a host and wait for it. Never raises for a failure."""
+    words, here = words_on(host, command), is_this_host(host)
     try:
         done = subprocess.run(words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     except subprocess.TimeoutExpired:
