@@ -3,11 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
+from dstrain.errors import UserError
 from dstrain.run import Run
 from dstrain.run_folder import environment_facts
+from dstrain.run_lock import RunLock
 
 
-def begin(run: Run, quiet: Any) -> None:
+def begin(run: Run, quiet: Any, lock: RunLock) -> None:
     """Restore what there is to restore, then write for the first time: from here on the folder is this run's."""
     from dstrain import distributed
     from dstrain.checkpoint.manager import TrainState
@@ -17,6 +19,7 @@ def begin(run: Run, quiet: Any) -> None:
     from dstrain.monitor.logs import screen
     from dstrain.monitor.metrics import truncate_to_step
 
+    _lock(run, lock)
     max_time = run.args.run.max_time
     run.safety.listen(run.folder.path, None if max_time is None else run.startup.started + max_time)
     flags = run.args.run
@@ -38,6 +41,7 @@ def begin(run: Run, quiet: Any) -> None:
     if run.launch.is_main:
         truncate_to_step(run.folder.path, run.state.step, open_steps)
     notes = [*(restored.events if restored else []), *(("notice", notice) for notice in run.resolved.notices)]
+    notes += [("notice", notice) for notice in [lock.notice] if notice]
     notes += [("memory_limit", problem) for problem in run.foresight.problems]
     notes += [("skipped_rows", text) for text in run.data.notices]
     if run.launch.is_main:
@@ -53,6 +57,20 @@ def begin(run: Run, quiet: Any) -> None:
         run.restore_evaluations(restored.extra)
     if run.state.step and run.eval_is_due(run.state):
         run.evaluate(run.state.step)  # what a stop cut short
+
+
+def _lock(run: Run, lock: RunLock) -> None:
+    """Rank 0 locks the run folder for all. A collective; raises the same UserError on every rank."""
+    from dstrain import distributed
+
+    problems: list[str] = []
+    if run.launch.is_main:
+        try:
+            lock.take()
+        except UserError as error:
+            problems = error.problems
+    if problems := distributed.gather_objects(problems)[0]:
+        raise UserError(problems)
 
 
 def _run_json(run: Run, peak: Any) -> dict[str, Any]:

@@ -101,6 +101,25 @@ def _of_open_mpi() -> dict[str, str]:
     return {own: os.environ[prefix + name] for own, name in names.items() if prefix + name in os.environ}
 
 
+def check_master_port() -> None:
+    """Refuse, on rank 0, a MASTER_PORT that another process has: the other ranks would join that one's run.
+
+    torchrun and accelerate listen on it themselves and look for a free one; the deepspeed launcher takes 29500 for
+    every run. Raises UserError.
+    """
+    port, launched = os.environ.get("MASTER_PORT"), "RANK" in os.environ or _of_open_mpi()
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if port is None or not launched or agent_has_it or not Launch.from_environment().is_main:
+        return
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise UserError(
+            f"port {port}, where the ranks are to meet, cannot be opened here ({os.strerror(error.errno or 0)}): does "
+            f"another run use it? Add --master_port {free_port()} before the script (deepspeed, torchrun)"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Launch:
     """This process among all, as its launcher set the environment. Without one: a single process."""

@@ -17,9 +17,10 @@ from dstrain.best import Best
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch.swap import SwapFolders
-from dstrain.parallel import Launch
+from dstrain.parallel import Launch, check_master_port
 from dstrain.run import Run, Startup
 from dstrain.run_folder import RunFolder, missing_packages
+from dstrain.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def read_configuration(args: Arguments) -> Configuration:
             problems += error.problems
     if problems:
         raise UserError(problems)
+    RunLock(folder.path).wait_until_free()
+    check_master_port()
     return Configuration(folder, resolved, stored)
 
 
@@ -92,7 +95,8 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
     """Build the whole run; whoever leaves it by an error leaves a summary that says so. Raises UserError."""
     from dstrain.monitor.logs import QuietOutput
 
-    with QuietOutput(Launch.from_environment().rank) as quiet, SwapFolders() as swap:
+    quiet, lock = QuietOutput(Launch.from_environment().rank), RunLock(configuration.folder.path)
+    with quiet, SwapFolders() as swap, lock:
         from dstrain import distributed
         from dstrain.resilience.causes import how_it_ended, rename_error
         from dstrain.resilience.safety import Safety
@@ -102,7 +106,7 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
         run = None
         try:
             run = _build(args, configuration, startup, safety, swap)
-            begin(run, quiet)
+            begin(run, quiet, lock)
             with run.profiler:
                 yield run
             safety.stop.signals.ignore()

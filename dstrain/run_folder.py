@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import UserError
+from dstrain.run_lock import LOCK_FILE
 
 VERSIONED = ("dstrain", "torch", "deepspeed", "transformers", "accelerate", "datasets", "tokenizers")
 OWN_NAMES = (
-    *("run.json", "metrics.jsonl", "checkpoints", "logs", "report.html", "stop", "profile", "export", "lock"),
-    "comms.json",
+    *("run.json", "metrics.jsonl", "checkpoints", "logs", "report.html", "stop", "profile", "export"),
+    *("comms.json", LOCK_FILE),
 )
 
 
@@ -87,8 +88,8 @@ class RunFolder:
             raise UserError(problems)
 
     def clear(self) -> None:
-        """Delete what a run writes, and nothing else."""
-        for name in OWN_NAMES:
+        """Delete what a run writes, and nothing else; the lock is of the start that clears."""
+        for name in set(OWN_NAMES) - {LOCK_FILE}:
             target = self.path / name
             if target.is_dir():
                 shutil.rmtree(target)

@@ -21,6 +21,7 @@ from dstrain.launch.fleet import Fleet, OneHost
 from dstrain.monitor.metrics import METRICS_FILE, append_missing_summary, read_metrics
 from dstrain.resilience.exits import LAUNCHER_DIED, STOP_SIGNALS
 from dstrain.resilience.recorder import read_ring
+from dstrain.run_lock import RunLock
 
 FINAL = (ExitCode.FINISHED, ExitCode.USER_ERROR, ExitCode.STOPPED, ExitCode.NON_FINITE, ExitCode.VERIFY_FAILED)
 START_UP_S = 5.0  # ranks that have not begun to train have nothing to save
@@ -63,6 +64,7 @@ class Supervisor:
         self.folder = folder
         self.max_restarts = max_restarts
         self.backoff_s = backoff_s
+        self.lock = RunLock(folder)
         self._signals: list[int] = []
         self._fruitless = 0  # starts in a row that made no step
         self._old_rings: set[str] = set()  # headers of the black boxes that were there before the present start
@@ -130,6 +132,7 @@ class Supervisor:
         return None
 
     def _start_once(self, command: Sequence[str]) -> Outcome:
+        self.lock.wait_until_free()
         before = self._metrics_state()
         self._old_rings = {json.dumps(header) for header, _ in self._all_rings()}
         try:
@@ -180,7 +183,8 @@ class Supervisor:
     def _outcome(self, returncode: int, before: tuple[int, int, int] | None) -> Outcome:
         code = true_code(returncode)
         steps = max((len({step["step"] for step in steps}) for _, steps in self._rings()), default=0)
-        if self._metrics_state() == before:  # this start wrote nothing: its launcher is the only witness
+        refused = code == ExitCode.USER_ERROR and self.lock.is_held  # what was written is another start's
+        if refused or self._metrics_state() == before:  # this start wrote nothing: its launcher is the only witness
             code = code or ExitCode.CRASH
             return Outcome(code, _in_words(code), steps, began=bool(self._rings()), killed=code > 128)
         code = code or ExitCode.CRASH  # zero is believed from a summary only

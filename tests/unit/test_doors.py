@@ -21,7 +21,7 @@ LEVELS = {
     "config": 2,
     **dict.fromkeys(["distributed", "phases"], 3),
     **dict.fromkeys(["models", "data"], 4),
-    "engine": 5,
+    **dict.fromkeys(["engine", "run_lock"], 5),
     "monitor": 5.5,  # what the others of this floor write and read
     **dict.fromkeys(["checkpoint", "resilience", "planner"], 6),
     "generate": 6.2,  # reads checkpoints
@@ -36,7 +36,7 @@ LEVELS = {
     **dict.fromkeys(["train", "cli"], 9),
 }
 ONE_ROOM = {"pipe_engine": "engine"}  # the two engines, in two files
-LIGHT = ("errors", "adapter", "contradictions", "arguments", "parallel", "config", "run_folder")
+LIGHT = ("errors", "adapter", "contradictions", "arguments", "parallel", "config", "run_folder", "run_lock")
 HEAVY = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
