@@ -24,7 +24,7 @@ from dstrain.errors import UserError
 from dstrain.launch.clusters.description import RunDescription, Written, quoted
 from dstrain.launch.hosts import Host, read_hostfile
 
-ENGINES = {name: f"dstrain.launch.clusters.{name}" for name in ("slurm", "kubernetes", "ssh", "mpi")}
+ENGINES = {name: f"dstrain.launch.clusters.{name}" for name in ("slurm", "kubernetes", "ray", "ssh", "mpi")}
 _SUBMIT_S = 60.0
 _DEFAULTS = {f.name: f.default for f in fields(RunDescription)}
 
@@ -64,10 +64,10 @@ def _parser() -> _Parser:
     add("--dry_run", action="store_true", help="print what would be written and run")
     add("--name", help="of the job (default: from the run folder)")
     add("--hostfile", help="`NAME slots=N` lines (ssh, mpi)")
-    add("--num_nodes", type=int, help="hosts (slurm, kubernetes; default 1)")
-    add("--num_procs_per_node", type=int, help="ranks of each host, and its GPUs (slurm, kubernetes; default 1)")
+    add("--num_nodes", type=int, help="hosts (slurm, kubernetes, ray; default 1)")
+    add("--num_procs_per_node", type=int, help="ranks of each host, and its GPUs (slurm, kubernetes, ray; default 1)")
     add("--cpus_per_proc", type=int, help="CPU threads of a rank (all but ssh; default 1)")
-    add("--use_cpu", action="store_true", help="ask for no GPUs (slurm, kubernetes)")
+    add("--use_cpu", action="store_true", help="ask for no GPUs (slurm, kubernetes, ray)")
     add("--max_restarts", type=int, help="start again so many times after a crash, a hang or a kill (default 3)")
     add("--grace_s", type=int, help="seconds to save in before the limit or an eviction (slurm, kubernetes; 300)")
     add("--time_limit", help="[D-]HH:MM:SS of one start (slurm)")
@@ -201,4 +201,6 @@ def _start(written: Written, description: RunDescription, supervise: Callable[[l
         raise UserError(f"this machine has no {program}: start where there is one{left}")
     if written.supervised:
         return supervise(["--max_restarts", str(description.max_restarts), "--", *written.command])
+    if written.trains:
+        os.execvp(program, written.command)
     return subprocess.run(written.command, timeout=_SUBMIT_S).returncode

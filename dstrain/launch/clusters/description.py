@@ -52,11 +52,13 @@ class RunDescription:
 @dataclass(frozen=True)
 class Written:
     """files: path -> text, to be written before `command` starts. supervised: start it as `dstrain launch -- command`
-    does, since the engine itself starts nothing again."""
+    does, since the engine itself starts nothing again. trains: the command ends when the run does, with its exit code.
+    """
 
     command: tuple[str, ...]
     files: dict[str, str] = field(default_factory=dict)
     supervised: bool = False
+    trains: bool = False
 
 
 def quoted(words: list[str] | tuple[str, ...]) -> str:

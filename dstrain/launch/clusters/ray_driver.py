@@ -1,0 +1,130 @@
+"""Train under Ray: one worker a rank, held by Ray Train's TorchTrainer and started again by its failure policy.
+
+    python -m dstrain.launch.clusters.ray_driver --num_workers 8 --max_restarts 3 -- dstrain/train.py FLAGS
+
+A worker starts our program as a process of its own instead of calling `main` in its thread: signals need a main
+thread, the exit code stays the run's, and whatever a crash leaves (memory, a device, ports) goes with the process.
+Ray's policy starts again after every error, so codes that no start can mend are returned, not raised.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import ExitCode, UserError
+from dstrain.launch.cli import find_run_folder
+from dstrain.launch.supervise import FINAL
+from dstrain.monitor.metrics import append_missing_summary, read_metrics
+from dstrain.run_lock import RunLock
+
+OLD_RANKS_S = 600.0  # ranks that lost their worker save, then end
+
+
+def run_rank(settings: dict[str, Any]) -> int:
+    """In a Ray worker: run our program as this rank. Its exit code, where starting again cannot help.
+
+    settings: words, folder and variables of the program. Raises RuntimeError for any other code, UserError where ranks
+    of the start before do not end.
+    """
+    import torch.distributed as dist
+
+    from dstrain.parallel import free_port
+
+    if dist.get_rank() == 0:
+        RunLock(Path(settings["output_dir"])).wait_until_free(OLD_RANKS_S)
+    port = [free_port()]
+    dist.broadcast_object_list(port, src=0)  # MASTER_PORT is that of Ray's own group
+    env = {**os.environ, **settings["env"], "MASTER_PORT": str(port[0])}
+    words = [sys.executable, "-m", "dstrain.launch.clusters.ray_rank", *settings["words"]]
+    code = subprocess.run(words, cwd=settings["cwd"], env=env, start_new_session=True).returncode
+    if code not in FINAL:
+        raise RuntimeError(f"rank {env['RANK']} ended with {code}")
+    return code
+
+
+def fit(args: argparse.Namespace, words: Sequence[str], folder: Path) -> int | None:
+    """The exit code of rank 0; None where the last start failed."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    variables = dict(variable.split("=", 1) for variable in args.env)
+    gpus = {"GPU": args.gpus_per_worker} if args.gpus_per_worker else {}
+    trainer = TorchTrainer(
+        run_rank,
+        train_loop_config={
+            "words": [os.path.abspath(words[0]), *words[1:]],
+            "cwd": os.getcwd(),
+            "env": variables,
+            "output_dir": str(folder.resolve()),
+        },
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=args.num_workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": args.cpus_per_worker, **gpus},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str((folder / "logs").resolve()),  # seen by all hosts, as Ray wants it
+            failure_config=FailureConfig(max_failures=args.max_restarts),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as error:
+        print(f"dstrain launch: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+
+
+def exit_code_of(folder: Path) -> int:
+    """What the run says of a start that did not end by agreement; a rank that was killed says nothing."""
+    if not RunLock(folder).is_held:
+        append_missing_summary(folder, ExitCode.CRASH, "ended without a summary under Ray")
+    lines = read_metrics(folder)
+    return lines[-1].get("exit_code") or ExitCode.CRASH if lines else ExitCode.CRASH
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the run's exit code. Raises UserError."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own, words = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(prog="python -m dstrain.launch.clusters.ray_driver", allow_abbrev=False)
+    parser.add_argument("--num_workers", type=int, required=True, help="ranks")
+    parser.add_argument("--max_restarts", type=int, default=3, help="start again so many times (default: 3)")
+    parser.add_argument("--cpus_per_worker", type=int, default=1)
+    parser.add_argument("--gpus_per_worker", type=int, default=1, help="0: train on CPUs (default: 1)")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every rank; repeatable")
+    args = parser.parse_args(own)
+    folder = find_run_folder(words)
+    if find_spec("ray") is None:
+        raise UserError("Ray is not installed: pip install 'dstrain[ray]'")
+    RunLock(folder).wait_until_free()
+
+    def stop(number: int, _: Any) -> None:
+        """The ranks agree by the file; the next such signal ends this program, and its workers with it."""
+        signal.signal(number, signal.SIG_DFL)
+        (folder / "stop").touch()
+
+    import ray
+
+    ray.init()  # a cluster that is there, or one of this host's; it takes the signals that come next
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # Ctrl-C is Ray's: it ends the workers, and the ranks save
+        signal.signal(number, stop)
+    code = fit(args, words, folder)
+    return exit_code_of(folder) if code is None else code
+
+
+if __name__ == "__main__":
+    from dstrain.launch.clusters.ray_driver import main as start  # so that workers find `run_rank` by its module
+
+    try:
+        sys.exit(start())
+    except UserError as error:
+        print("\n".join(f"dstrain: error: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(error.exit_code)
