@@ -3,6 +3,7 @@
 dstrain plan --config_name examples/llama_10m.json --block_size 512 --device cpu --devices_per_host 2
 dstrain plan --config_name llama_70b.json --block_size 8192 --hosts 2 --devices_per_host 8 --device h100-80g --write F
 dstrain plan --config_name llama_8b.json --block_size 8192 --deepspeed_config ds_configs/zero2.json --device h200
+dstrain plan --config_name llama_8b.json --block_size 8192 --device h200 --hostfile hostfile
 
 The device does not need to be there: `cpu` is measured, the others are named. The last line of `--json` is JSON.
 """
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", default="cpu", help="cpu (measured), h100-80g, h200, a100-80g, a100-40g, l40s")
     machine.add_argument("--hosts", type=int, default=1)
     machine.add_argument("--devices_per_host", type=int, default=1)
+    machine.add_argument("--hostfile", metavar="F", help="these hosts and slots; the network between them is measured")
     output = parser.add_argument_group("the answer")
     output.add_argument("--write", metavar="F", help="write the best as a DeepSpeed JSON")
     output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -59,15 +61,14 @@ def run(args: argparse.Namespace) -> int:
     if args.write and is_taken(Path(args.write)):
         raise UserError(f"--write {args.write} is there already: name a new file")
     from dstrain.models.config import check_block_size, load_model_config
-    from dstrain.planner.hardware import find_device
     from dstrain.planner.memory import Flags
-    from dstrain.planner.strategy import Cluster, Planner
+    from dstrain.planner.strategy import Planner
 
     names = ("config_name", "model_name_or_path", "config_overrides", "attn_implementation", "trust_remote_code")
     margs = ModelArguments(**{name: getattr(args, name) for name in names}, tiled_mlp=args.tiled_mlp)
     config = load_model_config(margs)
     check_block_size(config, args.block_size)
-    cluster = Cluster(args.hosts, args.devices_per_host, find_device(args.device, args.devices_per_host))
+    cluster = _find_cluster(args)
     flags = Flags(
         args.block_size,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -78,6 +79,24 @@ def run(args: argparse.Namespace) -> int:
     )
     planner = Planner(config, margs, cluster, flags, args.precision)
     return _predict(args, planner, flags) if args.deepspeed_config else _choose(args, planner)
+
+
+def _find_cluster(args: argparse.Namespace) -> Any:
+    from dstrain.planner.hardware import find_device
+    from dstrain.planner.strategy import Cluster
+
+    if args.hostfile is None:
+        return Cluster(args.hosts, args.devices_per_host, find_device(args.device, args.devices_per_host))
+    if (args.hosts, args.devices_per_host) != (1, 1):
+        raise UserError("--hostfile says how many hosts and slots there are: leave --hosts and --devices_per_host out")
+    from dstrain.launch.doctor.network import measure_links
+    from dstrain.launch.hosts import read_hostfile
+    from dstrain.planner.network import check_slots, with_network
+
+    hosts = read_hostfile(args.hostfile)
+    slots = check_slots(hosts)
+    links = measure_links([host.name for host in hosts])
+    return Cluster(len(hosts), slots, with_network(find_device(args.device, slots), links))
 
 
 def _predict(args: argparse.Namespace, planner: Any, flags: Any) -> int:
@@ -142,6 +161,7 @@ def _setting(planner: Any) -> dict[str, Any]:
         "hosts": cluster.hosts,
         "devices_per_host": cluster.devices_per_host,
         "device": {name: getattr(cluster.device, name) for name in ("name", "memory_gib", "source")},
+        "network": {name: getattr(cluster.device, name) for name in ("network", "network_latency")},
     }
 
 

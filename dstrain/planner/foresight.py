@@ -69,7 +69,7 @@ class Foresight:
         from dstrain.planner.step_time import Work, promised, seconds_of
 
         sample = self.work.pop("sample")
-        work = Work(**self.work)
+        work = Work.from_json(self.work)
         here = device_here(device, work.precision, flops_per_second)
         if here is not None and sample is not None and (seconds := self._seconds_of_sample()):
             here = replace(here, pace=seconds / promised(here, work.precision, **sample))

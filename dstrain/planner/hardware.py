@@ -15,11 +15,10 @@ class Device:
     """One device and its links.
 
     memory_gib: usable, of the data sheet's. tflops: dense peak by dtype. bandwidth: of its memory, bytes/s. link: to
-    devices of the same host, network: of one device to other hosts, bytes/s, one direction. latency: of a collective,
-    in seconds. host_link: to the host's
-    memory; host_bandwidth: of the host's memory, which its devices share. operator_s: what starting one operator costs.
-    matmul, streaming: the shares of peak and bandwidth that kernels reach. pace: how many times longer a real layer
-    takes than these rates promise.
+    devices of the same host, network: of one device to other hosts, bytes/s, one direction; latency, network_latency:
+    of a collective there, in seconds. host_link: to the host's memory; host_bandwidth: of the host's memory, which its
+    devices share. operator_s: what starting one operator costs. matmul, streaming: the shares of peak and bandwidth
+    that kernels reach. pace: how many times longer a real layer takes than these rates promise.
     """
 
     name: str
@@ -30,6 +29,7 @@ class Device:
     link: float
     network: float
     latency: float
+    network_latency: float
     host_link: float
     host_bandwidth: float
     operator_s: float
@@ -53,6 +53,7 @@ _TFLOPS_AMPERE = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
 _COMMON: dict[str, Any] = {
     "kind": "cuda",
     "latency": 20e-6,
+    "network_latency": 20e-6,
     "host_bandwidth": 200e9,
     "operator_s": 6e-6,
     "matmul": 0.7,
@@ -133,6 +134,7 @@ def cpu_with(
         link=link,
         network=1e9,
         latency=latency,
+        network_latency=latency,
         host_link=bandwidth,
         host_bandwidth=bandwidth,
         operator_s=operator_s,

@@ -15,11 +15,21 @@ SUSTAINED_ON_CPU = 1.15
 
 
 @dataclass(frozen=True)
+class Travel:
+    """What a rank sends in a step around one kind of group. span: from the group's first rank to its last, of the
+    run's ranks in their order; sent: in bytes; messages: collectives, each with its latency."""
+
+    span: int
+    sent: float
+    messages: float
+
+
+@dataclass(frozen=True)
 class Work:
     """What one step asks of the busiest rank. flops of matrix products; traffic in bytes of the other operators of the
     model; operators: how many are started; update_traffic: bytes that the optimizer reads and writes, on the host where
-    it is offloaded; host_traffic: bytes to and from the host. sent: bytes that a rank sends to its replicas; within: to
-    the ranks that share its samples; messages: collectives, each with its latency. bubble: (m + p - 1) / m."""
+    it is offloaded; host_traffic: bytes to and from the host. travel: to other ranks. bubble: (m + p - 1) / m.
+    """
 
     precision: str
     flops: float
@@ -28,13 +38,15 @@ class Work:
     update_traffic: float
     update_on_host: bool
     host_traffic: float
-    sent: float
-    within: float
-    messages: float
+    travel: tuple[Travel, ...]
     bubble: float
 
     def to_json(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, contents: dict) -> "Work":
+        return cls(**{**contents, "travel": tuple(Travel(**group) for group in contents["travel"])})
 
 
 def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfig, block_size: int) -> Work:
@@ -61,49 +73,52 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
         update_on_host=bool(resolved.offload_optimizer),
         host_traffic=(2 * width * share if resolved.offload_optimizer else 0.0)
         + (2 * width * part.held / divided_by * micro_batches if resolved.offload_param else 0.0),
-        sent=_sent(resolved, part.elements * width, part.held * width, ranks, micro_batches),
-        within=_sent_within(shape, resolved, part.num_layers, block_size, width) * micro_batches,
-        messages=_messages(shape, resolved, part.num_layers) * micro_batches,
+        travel=(
+            *_between_replicas(shape, resolved, part.elements * width, part.held * width),
+            *_between_peers(shape, resolved, part.num_layers, block_size, width),
+        ),
         bubble=(micro_batches + dims.pp_size - 1) / micro_batches,
     )
 
 
-def _sent(resolved: ResolvedConfig, trained: float, held: float, ranks: int, micro_batches: int) -> float:
-    """Of gradients and parameters, by the ring: (n - 1) / n of the whole for each half of an all-reduce. trained, held:
+def _between_replicas(shape: ModelShape, resolved: ResolvedConfig, trained: float, held: float) -> list[Travel]:
+    """Gradients and parameters, by the ring: (n - 1) / n of the whole for each half of an all-reduce. trained, held:
     bytes of the parameters that get gradients, and of all."""
+    dims, micro_batches, stage = resolved.parallel, resolved.gradient_accumulation_steps, resolved.zero_stage
+    ranks, span = dims.dp_size * dims.sp_size, dims.world_size // dims.pp_size
     ring, gathered = trained * (ranks - 1) / ranks, held * (ranks - 1) / ranks
-    stage = resolved.zero_stage
-    if stage == 3:  # gathered in both passes, gradients scattered, for every micro-batch
-        return (2 * gathered + ring) * micro_batches
+    if ranks == 1:
+        return []
+    if stage < 2:
+        return [Travel(span, 2 * ring + (ring if stage else 0.0), 0.0)]
     if stage == 2:  # DeepSpeed reduces its buckets by all-reduce, for every micro-batch; then gathers
-        return 2 * ring * micro_batches + ring
-    return 2 * ring + (ring if stage else 0.0)
+        return [Travel(span, 2 * ring * micro_batches + ring, 0.0)]
+    # Gathered in both passes, gradients scattered, for every micro-batch; matrices are gathered one by one.
+    matrices = sum(size > PERSISTENCE for size in shape.sizes.values()) * micro_batches
+    near = int(resolved.deepspeed["zero_optimization"].get("zero_hpz_partition_size") or 1)
+    if near == 1:
+        return [Travel(span, (2 * gathered + ring) * micro_batches, 2.0 * matrices)]
+    again = held * (near - 1) / near * micro_batches  # ZeRO++: the backward pass gathers from a copy nearby
+    return [Travel(span, (gathered + ring) * micro_batches, matrices), Travel(near, again, matrices)]
 
 
-def _sent_within(shape: ModelShape, resolved: ResolvedConfig, num_layers: int, block_size: int, width: float) -> float:
-    """Of hidden states, for one micro-batch of one rank, in both passes."""
-    dims = resolved.parallel
+def _between_peers(
+    shape: ModelShape, resolved: ResolvedConfig, num_layers: int, block_size: int, width: float
+) -> list[Travel]:
+    """Hidden states, to the ranks that share a sample, in both passes."""
+    dims, micro_batches = resolved.parallel, resolved.gradient_accumulation_steps
     hidden = resolved.micro_batch * block_size * shape.config.get_text_config().hidden_size * width / dims.sp_size
-    sent = 0.0
+    hidden *= micro_batches
+    travel = []
     if dims.tp_size > 1:  # an all-reduce behind attention and one behind the MLP, and their mirrors
-        sent += num_layers * 4 * 2 * hidden * (dims.tp_size - 1) / dims.tp_size
+        sent = num_layers * 4 * 2 * hidden * (dims.tp_size - 1) / dims.tp_size
+        travel.append(Travel(dims.tp_size, sent, 4.0 * num_layers * micro_batches))
     if dims.sp_size > 1:  # queries, keys, values there and the result back, and their mirrors
-        sent += num_layers * 8 * hidden * (dims.sp_size - 1) / dims.sp_size
+        sent = num_layers * 8 * hidden * (dims.sp_size - 1) / dims.sp_size
+        travel.append(Travel(dims.tp_size * dims.sp_size, sent, 8.0 * num_layers * micro_batches))
     if dims.pp_size > 1:
-        sent += 2 * hidden
-    return sent
-
-
-def _messages(shape: ModelShape, resolved: ResolvedConfig, num_layers: int) -> float:
-    """Collectives of one micro-batch."""
-    dims, count = resolved.parallel, 0.0
-    if resolved.zero_stage == 3 and dims.dp_size * dims.sp_size > 1:  # matrices are gathered one by one, in both passes
-        count += 2.0 * sum(size > PERSISTENCE for size in shape.sizes.values())
-    if dims.tp_size > 1:
-        count += 4.0 * num_layers
-    if dims.sp_size > 1:
-        count += 8.0 * num_layers
-    return count + (4.0 if dims.pp_size > 1 else 0.0)
+        travel.append(Travel(dims.world_size, 2 * hidden, 4.0 * micro_batches))
+    return travel
 
 
 def promised(device: Device, precision: str, flops: float, traffic: float, operators: float) -> float:
@@ -119,7 +134,18 @@ def seconds_of(work: Work, device: Device, hosts: int = 1, devices_per_host: int
     rate = device.bandwidth * device.streaming
     if work.update_on_host and device.kind != "cpu":
         rate = device.host_bandwidth / devices_per_host
-    travel = work.sent / (device.link if hosts == 1 else device.network) + work.within / device.link
-    travel += work.messages * device.latency
-    seconds = compute * work.bubble + work.update_traffic / rate + work.host_traffic / device.host_link + travel
-    return seconds * (SUSTAINED_ON_CPU if device.kind == "cpu" else 1.0)
+    here = compute * work.bubble + work.update_traffic / rate + work.host_traffic / device.host_link
+    near, far = travel_seconds(work, device, hosts, devices_per_host)
+    return (here + near) * (SUSTAINED_ON_CPU if device.kind == "cpu" else 1.0) + far
+
+
+def travel_seconds(work: Work, device: Device, hosts: int = 1, devices_per_host: int = 1) -> tuple[float, float]:
+    """Of these, those on the way to ranks of the same host, and of other hosts. Ranks are laid out host by host, so a
+    group that spans more ranks than a host has goes at the pace of the network."""
+    near = far = 0.0
+    for group in work.travel:
+        if hosts > 1 and group.span > devices_per_host:
+            far += group.sent / device.network + group.messages * device.network_latency
+        else:
+            near += group.sent / device.link + group.messages * device.latency
+    return near, far

@@ -65,9 +65,10 @@ def _gib(value: float | None) -> str:
 
 
 def _title(setting: dict[str, Any]) -> str:
-    device = setting["device"]
+    device, network = setting["device"], setting["network"]
+    links = f", network {network['network'] / 1e6:,.0f} MB/s" if setting["hosts"] > 1 else ""
     return (
         f"{setting['model_type']} of {setting['num_parameters'] / 1e9:.3g} billion parameters, blocks of "
         f"{setting['block_size']}, {setting['hosts']} x {setting['devices_per_host']} {device['name']} "
-        f"({device['memory_gib']:.1f} GiB; {device['source']})"
+        f"({device['memory_gib']:.1f} GiB; {device['source']}{links})"
     )

@@ -23,10 +23,11 @@ LEVELS = {
     **dict.fromkeys(["models", "data"], 4),
     **dict.fromkeys(["engine", "run_lock"], 5),
     "monitor": 5.5,  # what the others of this floor write and read
-    **dict.fromkeys(["checkpoint", "resilience", "planner"], 6),
+    **dict.fromkeys(["checkpoint", "resilience"], 6),
     "generate": 6.2,  # reads checkpoints
     "evaluate": 6.4,  # lets models write
     "launch": 6.5,  # reads what a run left behind
+    "planner": 6.6,  # asks hosts for their network
     **dict.fromkeys(["run_folder", "plain", "best"], 6),
     "alike": 6.5,
     **dict.fromkeys(["run", "verify"], 7),
