@@ -6,19 +6,23 @@ Needs root, namespaces and the kernel's tbf (`tests/cluster.py`). Prints a JSON 
 """
 
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import ModelArguments
 from dstrain.config.load import load_config
+from dstrain.launch.ops import extensions_root
 from tests.cluster import Cluster, build_cluster, why_not
-from tests.launch import BIN, TRAIN
+from tests.launch import BIN
 
 MODEL = {
     "model_type": "llama",
@@ -29,7 +33,7 @@ MODEL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
-BLOCK_SIZE, STEPS, FIRST = 128, 8, 3  # the steps before FIRST warm up
+BLOCK_SIZE, STEPS, FIRST = 128, 6, 3  # the steps before FIRST warm up
 _BATCH = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0}
 _OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 # Small matrices are gathered too, as large ones are in large models.
@@ -39,7 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
     for stage, more in _STAGES.items()
 }
 CASES["PP2"] = {**CASES["ZeRO-1"], "pipeline": {"stages": 2}}
-CASES["TP2"] = {**CASES["ZeRO-1"], "tensor_parallel": {"autotp_size": 2}}
 
 
 def write_inputs(folder: Path) -> None:
@@ -84,31 +87,43 @@ def predict(folder: str, hostfile: str) -> None:
         )
 
 
-def measure(hosts: Cluster, folder: Path, case: str, rate: str) -> dict[str, float]:
-    """Train, a rank on each host: the median step, and what node1 sent in one."""
-    run = folder / f"{case}-{rate}"
-    flags = ["--deepspeed_config", f"{folder}/{case}.json", "--config_name", f"{folder}/model.json"]
-    flags += ["--train_file", f"{folder}/text.txt", "--block_size", str(BLOCK_SIZE), "--max_steps", str(STEPS)]
-    flags += ["--save_steps", "0", "--max_eval_batches", "1", "--report_to", "none", "--output_dir", str(run)]
-    ranks = []
-    for rank, name in enumerate(hosts.names):
-        env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "HF_HUB_OFFLINE": "1"}
-        env |= {"MASTER_ADDR": hosts.names[0], "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        env |= {"TORCH_EXTENSIONS_DIR": _extensions()}
-        command = hosts.command(name, ["timeout", "120", str(BIN / "python"), str(TRAIN), *flags], env)
-        ranks.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-    sent: dict[int, int] = {}
-    while any(rank.poll() is None for rank in ranks):
-        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-        steps = sum('"train"' in line for line in lines)
-        sent.setdefault(steps, _sent_by(hosts.inits["node1"]))
-        time.sleep(0.01)
-    assert [rank.returncode for rank in ranks] == [0, 0], f"{case} at {rate}: {[rank.returncode for rank in ranks]}"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = [row["step_time_s"] for row in rows if row["kind"] == "train" and row["step"] >= FIRST]
-    first, last = min(step for step in sent if step >= FIRST - 1), max(step for step in sent if step < STEPS)
-    per_step = (sent[last] - sent[first]) / (last - first) / 1e6
-    return {"measured_s": statistics.median(times), "measured_mb": per_step}
+def train(folder: str, rank: str, rate: str) -> None:
+    """On each of the hosts, as its rank: one case after another, in a fork that need not import anything."""
+    import tests.preload  # noqa: F401
+    from dstrain.train import main
+
+    for case in CASES:
+        flags = ["--deepspeed_config", f"{folder}/{case}.json", "--config_name", f"{folder}/model.json"]
+        flags += ["--train_file", f"{folder}/text.txt", "--block_size", str(BLOCK_SIZE), "--max_steps", str(STEPS)]
+        flags += ["--save_steps", "0", "--max_eval_batches", "1", "--report_to", "none"]
+        if (child := os.fork()) == 0:
+            os.environ.update(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_PORT="29500")
+            os._exit(main([*flags, "--output_dir", f"{folder}/{case}-{rate}"]))
+        assert os.waitpid(child, 0)[1] == 0, f"{case} at {rate}"
+
+
+def measure(hosts: Cluster, folder: Path, rate: str) -> Iterator[dict[str, float]]:
+    """Train every case, a rank on each host: the median step, and what node1 sent in one."""
+    env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": hosts.names[0]}
+    env["TORCH_EXTENSIONS_DIR"] = str(extensions_root())
+    words = [str(BIN / "python"), "-m", "tests.measure_network", "--train", str(folder)]
+    ranks = [
+        subprocess.Popen(hosts.command(name, [*words, str(rank), rate], env), stdout=subprocess.DEVNULL)
+        for rank, name in enumerate(hosts.names)
+    ]
+    for case in CASES:
+        metrics = folder / f"{case}-{rate}" / "metrics.jsonl"
+        sent: dict[int, int] = {}
+        rows: list[dict[str, Any]] = []
+        while not rows or rows[-1]["kind"] != "summary":
+            assert not any(rank.poll() for rank in ranks), [rank.returncode for rank in ranks]
+            time.sleep(0.01)
+            rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+            sent.setdefault(sum(row["kind"] == "train" for row in rows), _sent_by(hosts.inits["node1"]))
+        times = [row["step_time_s"] for row in rows if row["kind"] == "train" and row["step"] >= FIRST]
+        first, last = min(step for step in sent if step >= FIRST - 1), max(step for step in sent if step < STEPS)
+        yield {"measured_s": statistics.median(times), "measured_mb": (sent[last] - sent[first]) / (last - first) / 1e6}
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
 
 
 def _sent_by(pid: int) -> int:
@@ -117,15 +132,10 @@ def _sent_by(pid: int) -> int:
     return int(next(line for line in lines if "eth0:" in line).split(":")[1].split()[8])
 
 
-def _extensions() -> str:
-    from dstrain.launch.ops import extensions_root
-
-    return str(extensions_root())
-
-
 def main(rates: list[str]) -> None:
     if reason := why_not("tc"):
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are taken down
     rows = []
     with tempfile.TemporaryDirectory() as name, build_cluster(Path(name, "hosts")) as hosts:
         folder = Path(name)
@@ -138,9 +148,8 @@ def main(rates: list[str]) -> None:
             asks = [str(BIN / "python"), "-m", "tests.measure_network", "--predict", str(folder), str(hostfile)]
             plans = hosts.run("node1", asks, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
             assert plans.returncode == 0, plans.stderr
-            for line in plans.stdout.splitlines():
-                plan = json.loads(line)
-                row = {"rate": rate, **plan, **measure(hosts, folder, plan["case"], rate)}
+            for line, measured in zip(plans.stdout.splitlines(), measure(hosts, folder, rate), strict=True):
+                row = {"rate": rate, **json.loads(line), **measured}
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     print("\n| network | case | MB a step: plan, measured | s a step: plan, measured | s on the way: plan |")
@@ -156,5 +165,7 @@ def main(rates: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--predict"]:
         predict(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["--train"]:
+        train(*sys.argv[2:5])
     else:
         main(sys.argv[1:] or ["unlimited", "1gbit", "100mbit"])
