@@ -107,9 +107,9 @@ def check_master_port() -> None:
     torchrun and accelerate listen on it themselves and look for a free one; the deepspeed launcher takes 29500 for
     every run. Raises UserError.
     """
-    port, launched = os.environ.get("MASTER_PORT"), "RANK" in os.environ or _of_open_mpi()
+    port, launched = os.environ.get("MASTER_PORT", "29500"), "RANK" in os.environ or _of_open_mpi()
     agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if port is None or not launched or agent_has_it or not Launch.from_environment().is_main:
+    if not launched or agent_has_it or not Launch.from_environment().is_main:
         return
     try:
         socket.create_server(("", int(port))).close()
