@@ -4,7 +4,6 @@ Each host reads its own flags (torchrun, accelerate), DeepSpeed JSON, model, cod
 train another model, or wait for ever in another collective. The training data are compared where they are built.
 """
 
-import hashlib
 import os
 import secrets
 import socket
@@ -25,7 +24,7 @@ from dstrain.errors import UserError
 from dstrain.models.adapters import weights_sha256
 from dstrain.models.config import model_identity
 from dstrain.parallel import Launch
-from dstrain.run_folder import difference, package_versions
+from dstrain.run_folder import code_sha256, difference, package_versions
 
 # Where a host keeps its copies is its own affair; what is in them is compared.
 _PLACES = {
@@ -80,17 +79,10 @@ def _facts(args: Arguments, resolved: ResolvedConfig, config: Any) -> dict[str, 
         "flags": {f"--{name}": value for name, value in args.to_dict().items() if name not in _PLACES},
         "DeepSpeed configuration": resolved.deepspeed,
         "packages": {name: package_versions()[name] for name in _PACKAGES},
-        "code of dstrain": _code_sha256(),
+        "code of dstrain": code_sha256(),
         "model": model_identity(config),
         "model weights": weights,
     }
-
-
-def _code_sha256() -> str:
-    folder, digest = Path(__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _check_same(make_facts: Callable[[], dict[str, Any]], launch: Launch) -> None:

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("dstrain.planner.cli", "what a model needs on some machine, and which configuration to choose"),
     "tune": ("dstrain.planner.tune", "try the best plans for a few steps each on this machine, and choose"),
     "verify": ("dstrain.verify", "compare this configuration with plain torch on a shallower model"),
+    "doctor": ("dstrain.launch.doctor.cli", "whether this machine, or the hosts of a hostfile, can carry a run"),
     "launch": ("dstrain.launch.cli", "start a run under a supervisor that restarts it"),
     "env": ("dstrain.launch.env", "write the variables that a hostfile run takes to its other hosts"),
     "postmortem": ("dstrain.resilience.postmortem", "explain in a page why a run ended"),

@@ -1,5 +1,6 @@
 """The run folder: what is in it, whether a start may use it, and `run.json`."""
 
+import hashlib
 import json
 import os
 import platform
@@ -131,6 +132,14 @@ def missing_packages() -> list[str]:
         return []
     names = [re.split(r"[^\w.-]", text)[0] for text in requirements if ";" not in text]  # ; is of extras
     return [name for name in names if _version(name) is None]
+
+
+def code_sha256() -> str:
+    """Of the sources of this package."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def environment_facts() -> dict[str, Any]:

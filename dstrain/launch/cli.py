@@ -13,9 +13,11 @@ from pathlib import Path
 from dstrain.arguments import parse_arguments
 from dstrain.errors import UserError
 from dstrain.launch.clusters import cli as clusters
+from dstrain.launch.doctor.preflight import check_start
 from dstrain.launch.fleet import build_place
 from dstrain.launch.supervise import Supervisor, say
 from dstrain.launch.travel import check_words
+from dstrain.run_folder import RunFolder
 
 SCRIPTS = ("train.py", "dstrain.train")
 
@@ -63,5 +65,7 @@ def main(argv: list[str]) -> int:
         raise UserError("no command: write dstrain launch [flags] -- torchrun ... dstrain/train.py ...")
     check_words(command)
     folder = find_run_folder(command)
+    if not RunFolder(folder).metrics.exists():  # a run that has begun may go on without a host
+        check_start(command, folder)
     place = build_place(command, find_script(command), folder, say, args.smaller_config)
     return Supervisor(place, folder, max_restarts=args.max_restarts, backoff_s=args.backoff).run()

@@ -8,6 +8,7 @@ called `lock`. That file outlives a killed build, and then every later job waits
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -113,22 +114,26 @@ def _is_shared_between_hosts(path: Path) -> bool:
     return max(under, default=("", ""), key=lambda item: len(item[0]))[1] in _SHARED_FILE_SYSTEMS
 
 
-def remove_stale_locks(root: Path | None = None, say: Callable[[str], None] = print) -> list[Path]:
-    """Delete the lock files of builds that no longer run, and say so.
+def stale_locks(root: Path) -> list[Path]:
+    """The lock files of builds that no longer run.
 
     On a file system that other hosts see, a lock must also be older than half an hour.
     """
-    root = extensions_root() if root is None else root
-    removed = []
+    stale = []
     for lock in sorted(root.glob("*/lock")):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # its build has just ended
             age_s = time.time() - lock.stat().st_mtime
             if lock_holder(lock) is None and not (age_s < _FOREIGN_BUILD_S and _is_shared_between_hosts(lock)):
-                lock.unlink()
-                say(f"removed {lock}: the build that left it is gone")
-                removed.append(lock)
-        except FileNotFoundError:
-            continue
+                stale.append(lock)
+    return stale
+
+
+def remove_stale_locks(root: Path | None = None, say: Callable[[str], None] = print) -> list[Path]:
+    """Delete the `stale_locks`, and say so."""
+    removed = stale_locks(extensions_root() if root is None else root)
+    for lock in removed:
+        lock.unlink(missing_ok=True)
+        say(f"removed {lock}: the build that left it is gone")
     return removed
 
 
@@ -176,6 +181,18 @@ def is_built(op: str, root: Path) -> bool:
     return (root / op / f"{op}.so").exists() and recipe.exists() and sources in recipe.read_text()
 
 
+def unbuilt(builders: Iterable[str], root: Path) -> list[str]:
+    return [name for name in builders if not is_built(_builder(name).name, root)]
+
+
+def every_builder(device: str) -> list[str]:
+    """All that training uses here; without libaio, without those of NVMe offload."""
+    builders = list(CUDA_BUILDERS if device == "cuda" else CPU_BUILDERS)
+    if not _builder("AsyncIOBuilder").is_compatible(verbose=False):
+        builders = [name for name in builders if name not in ("PinMemoryBuilder", "AsyncIOBuilder")]
+    return builders
+
+
 def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> list[BuiltOp]:
     """Compile what is missing of `builders`, one after another in this process. Returns all of them.
 
@@ -189,8 +206,8 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
     use_own_programs()
     ask_cpu_once()
     remove_stale_locks(root, say)
-    unbuilt = [name for name in builders if not is_built(_builder(name).name, root)]
-    if unbuilt and (problems := missing_for_builds(unbuilt)):
+    to_build = unbuilt(builders, root)
+    if to_build and (problems := missing_for_builds(to_build)):
         raise UserError(problems)
     usual_s = CUDA_BUILDERS if torch.cuda.is_available() else CPU_BUILDERS
     built = []
@@ -198,7 +215,7 @@ def build_ops(builders: Iterable[str], say: Callable[[str], None] = print) -> li
         builder = _builder(name)
         library = root / builder.name / f"{builder.name}.so"
         before = library.stat().st_mtime_ns if library.exists() else None
-        if name in unbuilt:
+        if name in to_build:
             lock = root / builder.name / "lock"
             if lock.exists() and (pid := lock_holder(lock)) is not None:
                 say(f"{builder.name}: process {pid} is building it, waiting")
@@ -245,10 +262,9 @@ def main(argv: list[str] | None = None) -> int:
             needed = [required_builders(load_config(path), device) for path in args.deepspeed_config]
             builders = list(dict.fromkeys(chain.from_iterable(needed)))
         else:
-            builders = list(CUDA_BUILDERS if device == "cuda" else CPU_BUILDERS)
-            if not _builder("AsyncIOBuilder").is_compatible(verbose=False):
+            builders = every_builder(device)
+            if "AsyncIOBuilder" not in builders:
                 print("left out async_io (NVMe offload): no libaio: apt-get install libaio-dev")
-                builders = [name for name in builders if name not in ("PinMemoryBuilder", "AsyncIOBuilder")]
         ops = build_ops(builders)
     except UserError as error:
         print("\n".join(error.problems), file=sys.stderr)

@@ -83,8 +83,8 @@ def shared_memory() -> set[Path]:
     return {path for path in found if path.exists() and path.stat().st_uid == os.getuid()}
 
 
-def remove_unmapped(paths: Iterable[Path]) -> list[Path]:
-    """Delete those segments that no process maps any more; returns them."""
+def unmapped(paths: Iterable[Path]) -> list[Path]:
+    """Those segments that no process maps any more."""
     paths = list(paths)
     if not paths:
         return []
@@ -92,7 +92,12 @@ def remove_unmapped(paths: Iterable[Path]) -> list[Path]:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             mapped += maps.read_text()
-    unused = [path for path in paths if str(path) not in mapped]
+    return [path for path in paths if str(path) not in mapped]
+
+
+def remove_unmapped(paths: Iterable[Path]) -> list[Path]:
+    """Delete those segments that no process maps any more; returns them."""
+    unused = unmapped(paths)
     for path in unused:
         path.unlink(missing_ok=True)
     return unused

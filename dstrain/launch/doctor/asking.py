@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-# What the checks read of a rank's environment. DeepSpeed's launcher hands on those that begin with PYTHON, NCCL, UCX ...
-# and what .deepspeed_env of the home folder, then of this one, holds (deepspeed 0.19.8, launcher/runner.py).
+# What the checks read of a rank's environment: DeepSpeed's launcher hands on the first by itself, the others where
+# .deepspeed_env of the home folder, or of this one, holds them (deepspeed 0.19.8, launcher/runner.py).
 _BY_ITSELF = ("PYTHONPATH", "NCCL_SOCKET_IFNAME")
 _READ = (
     *("PATH", "GLOO_SOCKET_IFNAME", "TORCH_EXTENSIONS_DIR", "TMPDIR", "HOME", "DS_ACCELERATOR", "CXX"),

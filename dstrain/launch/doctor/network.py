@@ -26,7 +26,7 @@ _START_S, _ROUND_S, _END_S = 20.0, 30.0, 2.0
 class Link:
     """Between two hosts. bytes_per_s: of the slower direction. clock_s: the second host's clock less the first's.
 
-    problem: why nothing could be measured (then the numbers are 0), without the names of the hosts; None if all is well.
+    problem: why nothing could be measured (then the numbers are 0), without the hosts' names; None if all is well.
     """
 
     hosts: tuple[str, str]

@@ -1,0 +1,109 @@
+"""`dstrain doctor`, and what `dstrain launch` asks before a start, over hosts of namespaces (tests/cluster.py)."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from dstrain.launch.ops import extensions_root
+from tests.cluster import Cluster, build_cluster, why_not
+
+ENV = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(extensions_root())}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with build_cluster(tmp_path_factory.mktemp("doctor")) as cluster:
+        (cluster.folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in ENV.items()))
+        cluster.hostfile()
+        yield cluster
+
+
+def start(cluster: Cluster, *words: str) -> tuple[int, str, str, float]:
+    """`dstrain ...` on node1: exit code, stdout, stderr, seconds."""
+    began = time.monotonic()
+    env = {**ENV, "DS_ENV_FILE": str(cluster.folder / "deepspeed_env"), "COLUMNS": "150"}
+    done = cluster.run("node1", ["python", "-m", "dstrain.cli", *words], env=env, timeout_s=60)
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def doctor(cluster: Cluster, hostfile: Path, *words: str) -> tuple[int, str, str, float]:
+    folder = str(cluster.folder / "runs" / "a")
+    return start(cluster, "doctor", "--hostfile", str(hostfile), "--output_dir", folder, *words)
+
+
+def launch(cluster: Cluster, hostfile: Path) -> tuple[int, str, str, float]:
+    """A start, which must not get as far as DeepSpeed's launcher."""
+    head = ["launch", "--", "deepspeed", "--hostfile", str(hostfile), "dstrain/train.py"]
+    flags = ["--deepspeed_config", "ds_configs/zero2.json", "--config_name", "examples/llama_10m.json"]
+    return start(cluster, *head, *flags, "--output_dir", str(cluster.folder / "runs" / "a"))
+
+
+@contextmanager
+def without_package(cluster: Cluster, host: str, name: str) -> Iterator[None]:
+    """On one host, in the shared environment."""
+    info = Path(str(metadata.distribution(name).locate_file("")), metadata.distribution(name)._path.name)  # type: ignore[attr-defined]
+    empty = cluster.folder / "empty"
+    empty.mkdir(exist_ok=True)
+    assert cluster.run(host, ["mount", "--bind", str(empty), str(info)]).returncode == 0
+    yield
+    assert cluster.run(host, ["umount", str(info)]).returncode == 0
+
+
+@contextmanager
+def full_disk(cluster: Cluster, host: str, folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    assert cluster.run(host, ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]).returncode == 0
+    yield
+    assert cluster.run(host, ["umount", str(folder)]).returncode == 0
+
+
+@contextmanager
+def refused_key(cluster: Cluster, host: str) -> Iterator[None]:
+    move = "mv /etc/ssh/{} /etc/ssh/{}"
+    assert cluster.run(host, ["sh", "-c", move.format("authorized_keys", "away")]).returncode == 0
+    yield
+    assert cluster.run(host, ["sh", "-c", move.format("away", "authorized_keys")]).returncode == 0
+
+
+@pytest.mark.distributed
+def test_faults_of_one_host_are_named_by_doctor_and_by_the_start(cluster):
+    hostfile, unknown = cluster.folder / "hostfile", cluster.folder / "unknown"
+    unknown.write_text(hostfile.read_text() + "node9 slots=1\n")
+    runs = cluster.folder / "runs"
+    lines = [
+        "error: node2: its Python lacks tokenizers: run `pip install",
+        f"error: node2: --output_dir {runs}/a is on a full disk (1 MiB free of 1 MiB): make room",
+        "error: node9: is not a known name: correct the hostfile",
+    ]
+    with without_package(cluster, "node2", "tokenizers"), full_disk(cluster, "node2", runs):
+        found = [doctor(cluster, unknown), launch(cluster, unknown)]
+    with refused_key(cluster, "node2"):
+        found.append(launch(cluster, hostfile))
+    expected = [lines, lines, ["error: node2: refuses this user's key: ssh-copy-id node2"]]
+    for (code, _, stderr, seconds), wanted in zip(found, expected, strict=True):
+        assert code == 2 and seconds < 30, stderr
+        assert not [line for line in wanted if line not in stderr], stderr
+        assert "Traceback" not in stderr and len([line for line in stderr.splitlines() if "error:" in line]) <= 5
+    assert not (runs / "a").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_hosts_that_are_well(cluster):
+    code, stdout, stderr, _ = doctor(cluster, cluster.folder / "hostfile", "--json")
+    found = json.loads(stdout)
+    assert code == 0, stderr
+    assert list(found["hosts"]) == ["node1", "node2"] and found["output_dir_is_shared"]
+    assert [problem["check"] for problem in found["problems"] if problem["level"] == "error"] == []
+    (link,) = found["links"]
+    assert link["bytes_per_s"] > 1e7 and link["round_trip_s"] < 0.1 and abs(link["clock_s"]) < 0.1
+    code, stdout, stderr, _ = doctor(cluster, cluster.folder / "hostfile")
+    assert code == 0 and "node1 and node2" in stdout and "shared" in stdout, stdout + stderr
+    assert not list(cluster.folder.rglob(".dstrain-doctor*"))
