@@ -23,9 +23,10 @@ from dstrain.errors import ExitCode, UserError
 from dstrain.launch.doctor.asking import module_command
 from dstrain.launch.doctor.network import Link, measure_links
 from dstrain.launch.doctor.preflight import THOROUGH_S, Examination, examine, why_no_answer
-from dstrain.launch.doctor.verdicts import Problem, judge_links, judge_sharing
+from dstrain.launch.doctor.verdicts import Problem, judge_links, judge_port, judge_sharing
 from dstrain.launch.hosts import Host, ask_all, read_hostfile
 
+_PORT = 29500  # of rank 0, unless a launcher is told another: deepspeed's and torchrun's default
 _BUILD_S, _LOOK_S = 1800.0, 15.0
 
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         "output_dir": os.path.abspath(args.output_dir),
         "nvme_path": _nvme_path(deepspeed),
         "token": f".dstrain-doctor-{secrets.token_hex(8)}" if len(hosts) > 1 else None,
+        "port": _PORT,
         "ops": True,
         "deepspeed": deepspeed,
     }
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     answering = list(examination.facts)
     sharing = _look_at_sharing(examination)
     links = measure_links(answering)
+    if hosts[0].name in examination.facts:
+        problems += judge_port(hosts[0].name, examination.facts[hosts[0].name], _PORT)
     problems += [*examination.problems, *(sharing or []), *judge_links(links)]
     shared = None if sharing is None else not sharing
     _report(args.json, examination.facts, links, shared, problems)

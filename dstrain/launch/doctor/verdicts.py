@@ -153,9 +153,11 @@ def _ops(facts: Mapping[str, Any], slots: int | None) -> Lines:
 
 def compare(facts: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     """Between hosts, each with what most of them have. facts: by host."""
-    found = []
+    found: list[Problem] = []
+    if not facts:
+        return found
     versions = {host: {**facts[host]["versions"], "code": facts[host]["code"]} for host in facts}
-    for name in next(iter(versions.values()), {}):
+    for name in next(iter(versions.values())):
         usual, rest = _odd({host: version[name] for host, version in versions.items()})
         for value, hosts in rest.items():
             if name == "code":
@@ -202,6 +204,13 @@ def judge_names(host: str, facts: Mapping[str, Any]) -> list[Problem]:
             f"NCCL_SOCKET_IFNAME={network['wanted']['NCCL_SOCKET_IFNAME']} matches none of its interfaces: {there}"
         )
     return [Problem("error", host, "interface", text) for text in problems]
+
+
+def judge_port(host: str, facts: Mapping[str, Any], port: int) -> list[Problem]:
+    """Where the ranks would meet. host: the first, on which rank 0 will run."""
+    if facts["port_free"]:
+        return []
+    return [Problem("warning", host, "port", f"port {port} is taken: give the launcher another, --master_port N")]
 
 
 def judge_sharing(seen: Mapping[str, Sequence[str]], first: str, path: str) -> list[Problem]:
