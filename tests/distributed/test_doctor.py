@@ -86,7 +86,8 @@ def test_faults_of_one_host_are_named_by_doctor_and_by_the_start(cluster):
         found = [doctor(cluster, unknown), launch(cluster, unknown)]
     with refused_key(cluster, "node2"):
         found.append(launch(cluster, hostfile))
-    expected = [lines, lines, ["error: node2: refuses this user's key: ssh-copy-id node2"]]
+    apart = f"error: node2: --output_dir {runs}/a is not the folder that node1 has"
+    expected = [[*lines, apart], lines, ["error: node2: refuses this user's key: ssh-copy-id node2"]]
     for (code, _, stderr, seconds), wanted in zip(found, expected, strict=True):
         assert code == 2 and seconds < 30, stderr
         assert not [line for line in wanted if line not in stderr], stderr
@@ -107,3 +108,42 @@ def test_hosts_that_are_well(cluster):
     code, stdout, stderr, _ = doctor(cluster, cluster.folder / "hostfile")
     assert code == 0 and "node1 and node2" in stdout and "shared" in stdout, stdout + stderr
     assert not list(cluster.folder.rglob(".dstrain-doctor*"))
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_traps_of_a_network(cluster):
+    """A slow cable, the name that Debian gives to 127.0.1.1, a cut cable."""
+    hostfile = cluster.folder / "hostfile"
+    hosts = cluster.run("node2", ["cat", "/etc/hosts"]).stdout
+    write = ["sh", "-c", 'printf %s "$0" > /etc/hosts']
+    cluster.limit("node2", "100mbit")
+    cluster.run("node2", [*write, hosts.replace(cluster.address("node2"), "127.0.1.1")])
+    code, _, stderr, _ = doctor(cluster, hostfile)
+    cluster.run("node2", [*write, hosts])
+    cluster.run("node2", ["tc", "qdisc", "del", "dev", "eth0", "root"])
+    assert code == 2 and "node2: its own name node2 is 127.0.1.1 there" in stderr, stderr
+    assert "warning: node1 and node2: 1" in stderr and "MB/s" in stderr, stderr
+    cluster.cut("node2")
+    code, _, stderr, seconds = doctor(cluster, hostfile)
+    cluster.mend("node2")
+    assert code == 2 and seconds < 30 and "node2: does not answer" in stderr, stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_a_run_folder_of_each_host_is_no_shared_one(cluster):
+    words = ["doctor", "--hostfile", str(cluster.folder / "hostfile"), "--output_dir", "/mnt/runs/a", "--json"]
+    code, stdout, stderr, _ = start(cluster, *words)
+    assert code == 2 and "node2: --output_dir /mnt/runs/a is not the folder that node1 has" in stderr
+    assert json.loads(stdout)["output_dir_is_shared"] is False
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_ops_are_built_on_every_host(cluster):
+    words = ["--build", "--deepspeed_config", "ds_configs/zero2.json"]
+    code, _, stderr, _ = doctor(cluster, cluster.folder / "hostfile", *words)
+    assert code == 0, stderr
+    for name in cluster.names:
+        assert f"{name}: 2 ops ready (deepspeed_shm_comm, fused_adam)" in stderr

@@ -14,7 +14,15 @@ from dstrain.errors import UserError
 from dstrain.launch.doctor import cli, devices, peer, preflight, probe
 from dstrain.launch.doctor.asking import module_command
 from dstrain.launch.doctor.network import Link, measure_links, rounds
-from dstrain.launch.doctor.verdicts import compare, judge_host, judge_links, judge_names, judge_port, judge_sharing
+from dstrain.launch.doctor.verdicts import (
+    compare,
+    judge_host,
+    judge_links,
+    judge_names,
+    judge_port,
+    judge_sharing,
+    merge,
+)
 from dstrain.launch.hosts import Answer, Host
 
 GPU = {
@@ -153,6 +161,13 @@ def test_a_taken_port_of_the_first_host():
     assert str(problem).startswith("node1: port 29500 is taken")
 
 
+def test_what_hosts_have_in_common_is_one_line():
+    facts = with_("disks.temp.free_gib", 0.01)
+    problems = [problem for host in ("a", "b") for problem in judge_host(host, 1, facts)]
+    (line,) = map(str, merge([*problems]))
+    assert line.startswith("a, b: the folder for temporary files")
+
+
 def test_run_folders_that_are_not_one():
     assert judge_sharing({"a": ["a", "b"], "b": ["a", "b"]}, "a", "/runs") == []
     (problem,) = judge_sharing({"a": ["a"], "b": ["b"], "c": ["a"]}, "a", "/runs")
@@ -164,11 +179,12 @@ def test_links_that_are_broken_slow_or_late():
     assert judge_links(fast) == [] and judge_links([]) == []
     broken = Link(("a", "b"), 0.0, 0.0, 0.0, "no TCP connection to 10.0.0.2 (timed out)")
     (problem,) = judge_links([*fast, broken])
-    assert problem.level == "error" and "a, b: no TCP connection to 10.0.0.2 (timed out): open" in str(problem)
-    (problem,) = judge_links([*fast, Link(("a", "b"), 4e8, 1e-4, 0.0)])
-    assert problem.level == "warning" and "400 MB/s, between most hosts 1000" in problem.text
+    assert problem.level == "error" and "a and b: no TCP connection to 10.0.0.2 (timed out): open" in str(problem)
+    assert judge_links([*fast, Link(("a", "b"), 4e8, 1e-4, 0.0)]) == []
+    (problem,) = judge_links([*fast, Link(("a", "b"), 2e8, 1e-4, 0.0)])
+    assert problem.level == "warning" and "200 MB/s, where the fastest pair has 1000: look" in problem.text
     (problem,) = judge_links([Link(("a", "b"), 1.2e7, 1e-4, 0.0)])
-    assert "12 MB/s: look" in problem.text
+    assert "12 MB/s" in problem.text
     (problem,) = judge_links([Link(("a", "b"), 1e9, 1e-4, -7.25)])
     assert "clocks differ by 7.2 s" in problem.text
 
@@ -198,21 +214,22 @@ def test_a_link_is_measured_over_the_loopback():
 
 
 def test_this_machine_describes_itself(tmp_path):
-    facts = probe.describe(output_dir=str(tmp_path / "runs" / "a"), token=".token", port=0)
+    facts = probe.describe(output_dir=str(tmp_path / "runs" / "a"), leave_token=True, port=0)
     json.dumps(facts)
     assert (
         facts["versions"]["torch"] and facts["missing"] == [] and facts["cpu"]["cores"] == len(os.sched_getaffinity(0))
     )
-    assert facts["disks"]["output_dir"]["token"] == str(tmp_path / ".token") and (tmp_path / ".token").exists()
+    token = facts["disks"]["output_dir"]["token"]
     assert facts["network"]["interfaces"]["lo"] == "127.0.0.1" and facts["memory"]["free_gib"] > 0
     assert not [problem for problem in judge_host("here", 1, facts) if problem.level == "error"]
-    assert probe.seen({"a": str(tmp_path / ".token")}) == ["a"]
-    assert [path.name for path in tmp_path.iterdir()] == [".token"]
+    assert probe.seen({"a": token}) == ["a"]
+    assert [str(path) for path in tmp_path.iterdir()] == [token]
+    assert probe.describe(output_dir=str(tmp_path), leave_token=True)["disks"]["output_dir"]["token"] != token
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    assert probe._try_to_write(Path("/proc/self"), None)["problem"]
-    assert probe._try_to_write(tmp_path / "new" / "a", None) == {"problem": None, "token": None}
+    assert probe._try_to_write(Path("/proc/self"), keep=False)["problem"]
+    assert probe._try_to_write(tmp_path / "new" / "a", keep=False) == {"problem": None, "token": None}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,7 +298,8 @@ def test_gpus_are_asked_through_nvml(tmp_path, monkeypatch):
 def test_a_host_without_an_answer(answer, words):
     problem = preflight.why_no_answer(answer)
     assert problem is not None and words in str(problem)
-    assert preflight.why_no_answer(Answer("n", 0, "{}", "")) is None
+    well = Answer("n", 0, 'Welcome to n!\n{"seen": []}\n', "")
+    assert preflight.why_no_answer(well) is None and preflight.last_json(well) == {"seen": []}
 
 
 def test_ranks_environment_is_that_of_deepspeeds_launcher(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ work, and 0 otherwise, also with warnings.
 import argparse
 import json
 import os
-import secrets
 import socket
 import sys
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from dstrain.config import RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch.doctor.asking import module_command
 from dstrain.launch.doctor.network import Link, measure_links
-from dstrain.launch.doctor.preflight import THOROUGH_S, Examination, examine, why_no_answer
-from dstrain.launch.doctor.verdicts import Problem, judge_links, judge_port, judge_sharing
+from dstrain.launch.doctor.preflight import THOROUGH_S, Examination, examine, last_json, why_no_answer
+from dstrain.launch.doctor.verdicts import Problem, judge_links, judge_port, judge_sharing, merge
 from dstrain.launch.hosts import Host, ask_all, read_hostfile
 
 _PORT = 29500  # of rank 0, unless a launcher is told another: deepspeed's and torchrun's default
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     order = {
         "output_dir": os.path.abspath(args.output_dir),
         "nvme_path": _nvme_path(deepspeed),
-        "token": f".dstrain-doctor-{secrets.token_hex(8)}" if len(hosts) > 1 else None,
+        "leave_token": len(hosts) > 1,
         "port": _PORT,
         "ops": True,
         "deepspeed": deepspeed,
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     links = measure_links(answering)
     if hosts[0].name in examination.facts:
         problems += judge_port(hosts[0].name, examination.facts[hosts[0].name], _PORT)
-    problems += [*examination.problems, *(sharing or []), *judge_links(links)]
+    problems = merge([*problems, *examination.problems, *(sharing or []), *judge_links(links)])
     shared = None if sharing is None else not sharing
     _report(args.json, examination.facts, links, shared, problems)
     if errors := [str(problem) for problem in problems if problem.level == "error"]:
@@ -124,6 +123,6 @@ def _look_at_sharing(examination: Examination) -> list[Problem] | None:
     answers = ask_all(names, command, timeout_s=_LOOK_S, stdin=order)
     ask_all(names, ["rm", "-f", *tokens.values()], timeout_s=_LOOK_S)
     failed = [problem for problem in map(why_no_answer, answers) if problem is not None]
-    seen = {answer.host: json.loads(answer.stdout)["seen"] for answer in answers if why_no_answer(answer) is None}
+    seen = {answer.host: last_json(answer)["seen"] for answer in answers if why_no_answer(answer) is None}
     path = examination.facts[names[0]]["disks"]["output_dir"]["path"]
     return failed + judge_sharing(seen, next(iter(tokens)), path)

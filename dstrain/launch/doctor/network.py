@@ -97,12 +97,13 @@ def _order(peer: subprocess.Popen, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(peer: subprocess.Popen, timeout_s: float) -> dict[str, Any]:
-    """The peer's next line; one that says nothing for so long is ended."""
+    """The peer's next line (a shell may print others at a login); one that says nothing for so long is ended."""
+    assert peer.stdout is not None and peer.stderr is not None
     timer = threading.Timer(timeout_s, peer.kill)
     timer.start()
-    line = peer.stdout.readline()  # type: ignore[union-attr]
+    line = next((line for line in iter(peer.stdout.readline, "") if line.startswith("{")), None)
     timer.cancel()
     if line:
         return json.loads(line)
-    last = peer.stderr.read().strip().splitlines()[-1:] or [f"no answer within {timeout_s:.0f} s"]  # type: ignore[union-attr]
+    last = peer.stderr.read().strip().splitlines()[-1:] or [f"no answer within {timeout_s:.0f} s"]
     return {"problem": last[0]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from dstrain.errors import UserError
 from dstrain.launch.doctor.asking import module_command
-from dstrain.launch.doctor.verdicts import Problem, compare, judge_host, judge_names
+from dstrain.launch.doctor.verdicts import Problem, compare, judge_host, judge_names, merge
 from dstrain.launch.hosts import Answer, Host, ask_all, is_this_host, read_hostfile
 
 QUICK_S, THOROUGH_S = 20.0, 25.0
@@ -32,7 +32,7 @@ def preflight(hosts: Sequence[Host], output_dir: Path) -> list[str]:
     One line each; in a second or two, at most half a minute where a host is silent.
     """
     examination = examine(hosts, {"output_dir": str(output_dir)}, QUICK_S)
-    return [str(problem) for problem in examination.problems if problem.level == "error"]
+    return [str(problem) for problem in merge(examination.problems) if problem.level == "error"]
 
 
 def check_start(command: Sequence[str], output_dir: Path) -> None:
@@ -62,11 +62,16 @@ def examine(hosts: Sequence[Host], order: dict[str, Any], timeout_s: float) -> E
         if problem is not None:
             found.problems.append(problem)
             continue
-        facts = found.facts[host.name] = json.loads(answer.stdout)
+        facts = found.facts[host.name] = last_json(answer)
         found.problems += judge_host(host.name, host.slots or None, facts)
         found.problems += judge_names(host.name, facts) if len(hosts) > 1 else []
     found.problems += compare(found.facts)
     return found
+
+
+def last_json(answer: Answer) -> dict[str, Any]:
+    """What a program of dstrain printed; what a shell prints at a login comes before it."""
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
 def why_no_answer(answer: Answer) -> Problem | None:

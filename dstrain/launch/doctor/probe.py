@@ -8,6 +8,7 @@ Where packages are missing it still answers, so nothing but the standard library
 import json
 import os
 import resource
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dstrain.launch.doctor.interfaces import gloo_address, interfaces, nccl_inte
 from dstrain.run_folder import code_sha256, missing_packages, package_versions
 
 GIB = 2.0**30
-_WRITTEN = bytes(1 << 20)
+_WRITTEN = bytes(1 << 16)
 _SEEN_S = 3.0  # a network file system may show a new file a little later
 _RANKS = ("dstrain/train.py", "deepspeed.launcher.launch")
 
@@ -30,11 +31,11 @@ def describe(
     output_dir: str | None = None,
     nvme_path: str | None = None,
     port: int | None = None,
-    token: str | None = None,
+    leave_token: bool = False,
     ops: bool = False,
     deepspeed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The facts. token: the name of a file to leave in output_dir. port: whether it is free.
+    """The facts. leave_token: leave a file in output_dir, for `seen`. port: whether it is free.
 
     ops: whether the ops that the configuration `deepspeed` needs (None: all that training uses) are built; that
     imports torch.
@@ -51,7 +52,7 @@ def describe(
         "gpu_problem": gpu_problem,
         "memory": _memory(),
         "shm": _space(Path("/dev/shm")),
-        "disks": _disks(output_dir, nvme_path, token),
+        "disks": _disks(output_dir, nvme_path, leave_token),
         "network": _network(),
         "port_free": None if port is None else _is_free(port),
         "limits": {name: _limit(name) for name in ("NOFILE", "MEMLOCK")},
@@ -100,33 +101,32 @@ def _space(path: Path) -> dict[str, Any]:
     }
 
 
-def _disks(output_dir: str | None, nvme_path: str | None, token: str | None) -> dict[str, Any]:
+def _disks(output_dir: str | None, nvme_path: str | None, leave_token: bool) -> dict[str, Any]:
     # tempfile.gettempdir() fails on a full disk instead of naming it
     wanted = {"output_dir": output_dir, "temp": os.environ.get("TMPDIR", "/tmp"), "nvme_path": nvme_path}
     found = {}
     for name, text in wanted.items():
         if text is not None:
             path = Path(text).absolute()
-            keep = token if name == "output_dir" else None
-            found[name] = {**_space(path), **_try_to_write(path, keep)}
+            found[name] = {**_space(path), **_try_to_write(path, keep=leave_token and name == "output_dir")}
     return found
 
 
-def _try_to_write(path: Path, token: str | None) -> dict[str, Any]:
-    """Into the first folder of the path that is there; the file stays if it is a token."""
+def _try_to_write(path: Path, *, keep: bool) -> dict[str, Any]:
+    """Into the first folder of the path that is there. token: the file, if it is to be kept."""
     folder = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    file = folder / (token or f".dstrain-doctor-{socket.gethostname()}-{os.getpid()}")
+    file = folder / f".dstrain-doctor-{secrets.token_hex(8)}"
     try:
         with open(file, "wb") as out:
-            out.write(b"" if token else _WRITTEN)
+            out.write(_WRITTEN)
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
         file.unlink(missing_ok=True)
         return {"problem": error.strerror, "token": None}
-    if token is None:
+    if not keep:
         file.unlink()
-    return {"problem": None, "token": str(file) if token else None}
+    return {"problem": None, "token": str(file) if keep else None}
 
 
 def _network() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What follows from the facts of hosts and links: problems, each in one line that ends with what to do."""
 
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ _SHM_OF_RANK = 66 / 1024  # DeepSpeed's shm_comm on CPU (0.19.8)
 _SHM_OF_NCCL = 1.0
 _CLOCK_S = 1.0
 _SLOW_BYTES_PER_S = 100e6  # less than a link of 1 Gbit/s carries
+_SLOW_SHARE = 0.25  # of the fastest link; hosts that compute meanwhile measure half
 _FEW_FILES = 1024
 _WHERE = {"output_dir": "--output_dir", "temp": "the folder for temporary files", "nvme_path": "nvme_path"}
 
@@ -33,6 +33,14 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.host}: {self.text}"
+
+
+def merge(problems: Sequence[Problem]) -> list[Problem]:
+    """What several hosts have in common, in one line."""
+    hosts_of: dict[tuple[Level, str, str], list[str]] = {}
+    for problem in problems:
+        hosts_of.setdefault((problem.level, problem.check, problem.text), []).append(problem.host)
+    return [Problem(level, ", ".join(hosts), check, text) for (level, check, text), hosts in hosts_of.items()]
 
 
 def judge_host(host: str, slots: int | None, facts: Mapping[str, Any]) -> list[Problem]:
@@ -130,8 +138,7 @@ def _left_behind(facts: Mapping[str, Any], slots: int | None) -> Lines:
     if left["segments"]:
         yield (
             "warning",
-            f"killed ranks left {len(left['segments'])} segments ({left['segments_gib']:.2f} GiB) in /dev/shm: "
-            f"`rm {' '.join(left['segments'])}`",
+            f"killed ranks left {size(left['segments_gib'])} in /dev/shm: `rm {' '.join(left['segments'])}`",
         )
 
 
@@ -224,19 +231,17 @@ def judge_sharing(seen: Mapping[str, Sequence[str]], first: str, path: str) -> l
 
 def judge_links(links: Sequence[Link]) -> list[Problem]:
     found = []
-    working = [link for link in links if link.problem is None]
-    usual = statistics.median(link.bytes_per_s for link in working) if working else 0.0
+    best = max((link.bytes_per_s for link in links), default=0.0)
     for link in links:
-        hosts = ", ".join(link.hosts)
+        hosts = " and ".join(link.hosts)
         if link.problem is not None:
             remedy = "open all TCP ports between the hosts, or put GLOO_SOCKET_IFNAME=... into .deepspeed_env"
             found.append(Problem("error", hosts, "network", f"{link.problem}: {remedy}"))
             continue
-        if link.bytes_per_s < max(_SLOW_BYTES_PER_S, usual / 2):
-            rate, others = link.bytes_per_s / 1e6, usual / 1e6
-            compared = f", between most hosts {others:.0f}" if len(working) > 1 else ""
+        if link.bytes_per_s < max(_SLOW_BYTES_PER_S, best * _SLOW_SHARE):
+            rates = f"{link.bytes_per_s / 1e6:.0f} MB/s, where the fastest pair has {best / 1e6:.0f}"
             remedy = "look for a cable or port that is not what it should be, or name the fast interface"
-            found.append(Problem("warning", hosts, "network", f"{rate:.0f} MB/s{compared}: {remedy}"))
+            found.append(Problem("warning", hosts, "network", f"{rates}: {remedy}"))
         if abs(link.clock_s) > _CLOCK_S:
             text = f"their clocks differ by {abs(link.clock_s):.1f} s: apt-get install chrony on both"
             found.append(Problem("warning", hosts, "clock", text))
