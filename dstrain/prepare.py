@@ -245,6 +245,7 @@ def _check_model(args: Arguments, config: Any, resolved: ResolvedConfig) -> None
 def _join_process_group(resolved: ResolvedConfig, launch: Launch, safety: Any) -> None:
     """Build the ops that this configuration needs, once per host, while the other ranks wait at the rendezvous."""
     from dstrain.alike import meet
+    from dstrain.launch.absent import leaving_without_absent_hosts
     from dstrain.launch.ops import ask_cpu_once, build_ops, required_builders
     from dstrain.monitor.logs import screen
 
@@ -255,7 +256,8 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch, safety: Any) -
     if "RANK" not in os.environ and any(name.startswith("ACCELERATE_") for name in os.environ):
         why = "without --use_deepspeed it starts one on a machine without GPUs"
         print(f"accelerate started one plain process ({why}): training in one process", file=screen())
-    meet()
+    with leaving_without_absent_hosts(launch):
+        meet()
     safety.join(os.environ["MASTER_ADDR"])
 
 

@@ -147,3 +147,20 @@ def test_ops_are_built_on_every_host(cluster):
     assert code == 0, stderr
     for name in cluster.names:
         assert f"{name}: 2 ops ready (deepspeed_shm_comm, fused_adam)" in stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_a_plain_start_does_not_wait_for_a_host_that_cannot_come(cluster):
+    """pdsh -S returns the greatest code of its hosts: ssh's 255, not the 2 of rank 0."""
+    if reason := why_not("pdsh"):
+        pytest.skip(reason)
+    command = ["deepspeed", "--hostfile", str(cluster.folder / "hostfile"), "dstrain/train.py", "--deepspeed_config"]
+    flags = ["ds_configs/zero2.json", "--config_name", "examples/llama_10m.json", "--block_size", "128"]
+    env = {**ENV, "DS_ENV_FILE": str(cluster.folder / "deepspeed_env")}
+    with refused_key(cluster, "node2"):
+        output = [*flags, "--output_dir", str(cluster.folder / "runs" / "b")]
+        done = cluster.run("node1", [*command, *output], env=env, timeout_s=120)
+    assert done.returncode == 255 and "node2: root@node2: Permission denied" in done.stderr, done.stderr
+    assert "dstrain: error: node2: what was started there has ended before the ranks met" in done.stderr
+    assert not (cluster.folder / "runs" / "b").exists()
