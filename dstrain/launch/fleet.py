@@ -18,13 +18,13 @@ from dstrain.arguments import parse_arguments
 from dstrain.config import RunFacts, load_config, resolve_config
 from dstrain.errors import UserError
 from dstrain.launch import processes
+from dstrain.launch.asking import module_command
 from dstrain.launch.hosts import (
     SSH_OPTIONS,
     Answer,
     Host,
     ask_all,
     is_this_host,
-    module_command,
     read_hostfile,
     write_hostfile,
 )

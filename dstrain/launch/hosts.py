@@ -4,12 +4,10 @@ hosts = read_hostfile("hostfile")
 for answer in ask_all([host.name for host in hosts], ["hostname"], timeout_s=10): ...
 """
 
-import os
 import re
 import shlex
 import socket
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,12 +80,6 @@ def read_hostfile(path: str | Path) -> list[Host]:
     if problems:
         raise UserError(problems)
     return hosts
-
-
-def module_command(module: str) -> list[str]:
-    """What runs a module of dstrain on any host: this interpreter, with the path that DeepSpeed gives to ranks."""
-    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    return ["env", f"PYTHONPATH={path}", sys.executable, "-m", module]
 
 
 def write_hostfile(path: Path, hosts: Iterable[Host]) -> None:

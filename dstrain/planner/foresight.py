@@ -15,9 +15,9 @@ from dstrain.arguments import Arguments, ModelArguments
 from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
 from dstrain.models.build import model_class_of
+from dstrain.monitor.limits import Limit, device_limit, host_limit, resident_gib
 from dstrain.parallel import Launch
 from dstrain.planner import forecast
-from dstrain.planner.limits import Limit, device_limit, host_limit, resident_gib
 
 WARMUP_STEPS = 2
 Lines = Sequence[dict[str, Any]]

@@ -117,7 +117,7 @@ def cpu_with(
     """This machine, its matmul rates known, and those of its links where ranks could measure them."""
     import torch
 
-    from dstrain.planner.limits import host_limit
+    from dstrain.monitor.limits import host_limit
 
     with torch.no_grad():
         source = torch.zeros(_COPY_BYTES // 4)

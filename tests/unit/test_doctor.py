@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from dstrain.errors import UserError
+from dstrain.launch.asking import module_command
 from dstrain.launch.doctor import cli, devices, peer, preflight, probe
-from dstrain.launch.doctor.asking import module_command
 from dstrain.launch.doctor.network import Link, measure_links, rounds
 from dstrain.launch.doctor.verdicts import (
     compare,

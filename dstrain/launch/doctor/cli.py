@@ -19,7 +19,7 @@ from typing import Any
 
 from dstrain.config import RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
-from dstrain.launch.doctor.asking import module_command
+from dstrain.launch.asking import module_command
 from dstrain.launch.doctor.network import Link, measure_links
 from dstrain.launch.doctor.preflight import THOROUGH_S, Examination, examine, last_json, why_no_answer
 from dstrain.launch.doctor.verdicts import Problem, judge_links, judge_port, judge_sharing, merge

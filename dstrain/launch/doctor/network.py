@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dstrain.launch.doctor.asking import module_command
+from dstrain.launch.asking import module_command
 from dstrain.launch.hosts import words_on
 
 _START_S, _ROUND_S, _END_S = 20.0, 30.0, 2.0

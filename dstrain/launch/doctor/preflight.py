@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import UserError
-from dstrain.launch.doctor.asking import module_command
+from dstrain.launch.asking import module_command
 from dstrain.launch.doctor.verdicts import Problem, compare, judge_host, judge_names, merge
 from dstrain.launch.hosts import Answer, Host, ask_all, is_this_host, read_hostfile
 

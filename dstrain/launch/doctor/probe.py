@@ -85,7 +85,7 @@ def _commit() -> str | None:
 
 
 def _memory() -> dict[str, float]:
-    from dstrain.planner.limits import host_limit
+    from dstrain.monitor.limits import host_limit
 
     return {"free_gib": host_limit().gib}
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dstrain.errors import UserError
+from dstrain.monitor.limits import Limit, host_limit
 from dstrain.planner import forecast
 from dstrain.planner.foresight import Foresight, problems_of
-from dstrain.planner.limits import Limit, host_limit
 
 MEMINFO = "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n"  # 8 GiB
 GIB = 2**30
