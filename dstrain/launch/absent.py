@@ -64,7 +64,9 @@ def absent_hosts(processes: Mapping[int, Process], launcher: int) -> list[str]:
     """
     _, words = processes.get(launcher, (0, []))
     mark = next((word for word in words if word.startswith(_WORLD)), None)
-    pdsh = next((pid for pid, (_, words) in processes.items() if mark in words and _is(words, "pdsh")), None)
+    pdsh = next(
+        (pid for pid, (_, words) in processes.items() if mark in words and _is(words, "pdsh", "pdsh.bin")), None
+    )
     if mark is None or pdsh is None:
         return []
     hosts = json.loads(base64.urlsafe_b64decode(mark.removeprefix(_WORLD)))
@@ -72,8 +74,8 @@ def absent_hosts(processes: Mapping[int, Process], launcher: int) -> list[str]:
     return [host for host in hosts if not any(host in words for words in connected)]
 
 
-def _is(words: Sequence[str], program: str) -> bool:
-    return bool(words) and os.path.basename(words[0]) == program
+def _is(words: Sequence[str], *programs: str) -> bool:
+    return bool(words) and os.path.basename(words[0]) in programs
 
 
 def _processes() -> dict[int, Process]:
