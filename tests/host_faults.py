@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.launch import sweep
+from dstrain.launch.ops import extensions_root
 from tests import faults as inputs
 from tests import forked
 from tests.cluster import Cluster, build_cluster, why_not
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
+    "TORCH_EXTENSIONS_DIR": str(extensions_root()),
     "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
 }
 CONFIG = parity.ADAMW | parity.zero(1)
@@ -62,15 +64,11 @@ class Trial:
             head = [str(BIN / "torchrun"), "--nnodes", f"1:{len(cluster.names)}", "--nproc_per_node", "1"]
             head += ["--max-restarts", "10", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
             head += ["--rdzv-endpoint", f"{cluster.names[0]}:29400"]
-            self.launchers = [self._start(name, [*head, *words], name, home=Path.home()) for name in cluster.names]
+            self.launchers = [self._start(name, [*head, *words], name) for name in cluster.names]
 
-    def _start(
-        self, host: str, command: Sequence[str], log: str | None = None, home: Path | None = None
-    ) -> subprocess.Popen:
-        """home: that of an ssh login, where the ops are built; without it, the one with the `.deepspeed_env`."""
-        env = ENVIRONMENT | {"PYTHONPATH": str(ROOT), **({"HOME": str(home)} if home else {})}
+    def _start(self, host: str, command: Sequence[str], log: str | None = None) -> subprocess.Popen:
         out = os.open(self.cluster.folder / f"{log}.log" if log else os.devnull, os.O_WRONLY | os.O_CREAT, 0o644)
-        inside = self.cluster.command(host, command, env)
+        inside = self.cluster.command(host, command, ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
         try:
             return subprocess.Popen(inside, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         finally:
@@ -102,12 +100,12 @@ class Trial:
         while not reached():
             over = what != "ended" and all(launcher.poll() is not None for launcher in self.launchers)
             if time.monotonic() - began > timeout_s or (over and not reached()):
-                raise AssertionError(f"not {what} within {timeout_s:.0f} s\n{self.log()}")
+                raise AssertionError(f"not {what} within {timeout_s:.0f} s\n{self.log()[-9000:]}")
             time.sleep(0.05)
         return time.monotonic() - began
 
     def log(self) -> str:
-        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.cluster.folder.glob("*.log")))
+        return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(self.cluster.folder.glob("*.log")))
 
     def end(self) -> list[int | None]:
         """What the launchers returned."""
