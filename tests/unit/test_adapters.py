@@ -81,6 +81,7 @@ def test_without_peft_one_line_says_so(monkeypatch):
 
 def test_tensor_parallelism_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "ds.json").write_text(
         '{"train_batch_size": 4, "optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 2},'
