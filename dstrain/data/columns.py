@@ -1,7 +1,7 @@
 """Which shape the rows of a table have: told by the names of its columns, or by flags."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,15 +102,19 @@ def _prompt_shape(where: str, columns: Mapping[str, str], flags: ColumnFlags) ->
 
 
 def _check(where: str, columns: Mapping[str, str], flag: str, column: str, kinds: tuple[str, ...]) -> None:
-    listed = _listed(columns)
-    if column not in columns:
-        close = difflib.get_close_matches(column, columns, n=1)
-        hint = f"did you mean {close[0]}? ({listed})" if close else listed
-        raise UserError(f"{where} has no column {column}: {hint}")
+    check_column(where, columns, column)
     if columns[column] not in (*kinds, NULL):
         what = "text" if kinds == (TEXT,) else "text and no list of messages"
-        raise UserError(f"{where}: column {column} holds no {what}: name another with {flag} ({listed})")
+        raise UserError(f"{where}: column {column} holds no {what}: name another with {flag} ({_listed(columns)})")
 
 
-def _listed(columns: Mapping[str, str]) -> str:
+def check_column(where: str, columns: Collection[str], column: str) -> None:
+    """Raises UserError where there is no such column."""
+    if column not in columns:
+        close = difflib.get_close_matches(column, columns, n=1)
+        hint = f"did you mean {close[0]}? ({_listed(columns)})" if close else _listed(columns)
+        raise UserError(f"{where} has no column {column}: {hint}")
+
+
+def _listed(columns: Collection[str]) -> str:
     return f"its columns are {', '.join(columns)}" if columns else "it has no columns"

@@ -13,10 +13,11 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from dstrain.data.columns import LIST, NULL, OTHER, TEXT, ColumnFlags, choose_shape, value_kind
+from dstrain.data.columns import LIST, NULL, OTHER, TEXT, ColumnFlags, check_column, choose_shape, value_kind
 from dstrain.data.rows import BadRow, Row, check_document, read_row
 from dstrain.errors import UserError
 
@@ -40,20 +41,20 @@ def file_kind(path: Path) -> tuple[str | None, str]:
     return _KINDS.get(suffix.lower()), compression
 
 
-def read_file(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
+def read_file(path: Path, columns: ColumnFlags, group_column: str | None = None) -> Iterator[Row | BadRow]:
     """The rows of one file, in order. A file of unknown suffix is text. Raises UserError."""
-    readers: dict[str, Callable[[Path, ColumnFlags], Iterator[Row | BadRow]]] = {
-        "text": _read_text,
+    readers: dict[str, Callable[[Path, ColumnFlags, str | None], Iterator[Row | BadRow]]] = {
+        "text": lambda path, columns, _: _read_text(path, columns),
         "json": _read_json,
-        "csv": lambda path, columns: _read_csv(path, columns, ","),
-        "tsv": lambda path, columns: _read_csv(path, columns, "\t"),
+        "csv": partial(_read_csv, delimiter=","),
+        "tsv": partial(_read_csv, delimiter="\t"),
         "parquet": _read_parquet,
     }
     kind = file_kind(path)[0] or "text"
     if path.stat().st_size == 0:
         yield BadRow(str(path), "empty file", f"{path} is empty: leave it out or fill it")
     else:
-        yield from readers[kind](path, columns)
+        yield from readers[kind](path, columns, group_column)
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def _read_text(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
         yield check_document(str(path), (text.removeprefix("\ufeff"),))
 
 
-def _read_json(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
+def _read_json(path: Path, columns: ColumnFlags, group_column: str | None) -> Iterator[Row | BadRow]:
     """JSON lines, or one JSON array of objects (read whole); which of the two shows in the first character."""
     with _open(path) as file:
         is_array = next((line.strip()[:1] == b"[" for line in file if line.strip()), False)
@@ -128,7 +129,7 @@ def _read_json(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
             yield BadRow(where, "wrong type", f'{where} is not an object: write {{"text": "..."}}')
         else:
             shape = shape or choose_shape(where, {name: value_kind(cell) for name, cell in row.items()}, columns)
-            yield read_row(where, row, shape)
+            yield read_row(where, row, shape, group_column)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -161,7 +162,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path} row {number}", row
 
 
-def _read_csv(path: Path, columns: ColumnFlags, delimiter: str) -> Iterator[Row | BadRow]:
+def _read_csv(path: Path, columns: ColumnFlags, group_column: str | None, delimiter: str) -> Iterator[Row | BadRow]:
     csv.field_size_limit(2**31 - 1)
     broken: list[BadRow] = []  # lines of the row that is being read
 
@@ -177,13 +178,15 @@ def _read_csv(path: Path, columns: ColumnFlags, delimiter: str) -> Iterator[Row 
         if broken:
             raise UserError(broken[0].problem)
         shape = choose_shape(f"{path}:1", dict.fromkeys(header, TEXT), columns)
+        if group_column:
+            check_column(f"{path}:1", header, group_column)
         for cells in reader:
             where = f"{path}:{reader.line_num}"
             if broken:
                 yield broken[0]
                 broken.clear()
             elif len(cells) == len(header):
-                yield read_row(where, dict(zip(header, cells, strict=True)), shape)
+                yield read_row(where, dict(zip(header, cells, strict=True)), shape, group_column)
             elif cells:
                 counts = f"{len(cells)} fields, the header {len(header)}"
                 yield BadRow(where, "wrong number of fields", f"{where} has {counts}: quote text that holds commas")
@@ -191,7 +194,7 @@ def _read_csv(path: Path, columns: ColumnFlags, delimiter: str) -> Iterator[Row 
         raise UserError(f"{path}:{reader.line_num} is not valid CSV ({error})") from None
 
 
-def _read_parquet(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
+def _read_parquet(path: Path, columns: ColumnFlags, group_column: str | None) -> Iterator[Row | BadRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -203,11 +206,15 @@ def _read_parquet(path: Path, columns: ColumnFlags) -> Iterator[Row | BadRow]:
             file = pyarrow.parquet.ParquetFile(path)
         kinds = {field.name: arrow_kind(field.type) for field in file.schema_arrow}
         shape = choose_shape(str(path), kinds, columns)
+        needed = list(shape.columns)
+        if group_column:
+            check_column(str(path), kinds, group_column)
+            needed.append(group_column)
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=list(shape.columns)):
+        for batch in file.iter_batches(batch_size=1024, columns=needed):
             for row in batch.to_pylist():
                 number += 1
-                yield read_row(f"{path} row {number}", row, shape)
+                yield read_row(f"{path} row {number}", row, shape, group_column)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable parquet file ({' '.join(str(error).split())[:200]})") from None
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dstrain.data.templates import ALPACA, Column, RowError, Template, cell_kind, get_cell
@@ -36,10 +36,11 @@ Document = tuple[str] | tuple[str, str] | Chat
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """where: file and line, for messages."""
+    """where: file and line, for messages. group: the text of the column that rows are grouped by, if one was named."""
 
     where: str
     document: Document
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +203,22 @@ def _checked_chat(messages: tuple[dict[str, Any], ...], first: int) -> Chat:
     return Chat(messages, first)
 
 
-def read_row(where: str, row: Mapping[str, Any], shape: Shape) -> Row | BadRow:
-    """The document of a row; a null cell is an empty text."""
+def read_row(where: str, row: Mapping[str, Any], shape: Shape, group_column: str | None = None) -> Row | BadRow:
+    """The document of a row, and its group; a null cell is an empty text."""
     try:
         document = shape.read(row)
+        group = _group(row, group_column) if group_column else None
     except RowError as error:
         return BadRow(where, error.kind, f"{where}{error}")
-    return check_document(where, document)
+    found = check_document(where, document)
+    return found if group is None or isinstance(found, BadRow) else replace(found, group=group)
+
+
+def _group(row: Mapping[str, Any], column: str) -> str:
+    cell = get_cell(row, column)
+    if isinstance(cell, list | dict):
+        raise RowError("wrong type", f": column {column} holds {cell_kind(cell)}, which is no group: name another")
+    return "" if cell is None else str(cell)
 
 
 def check_document(where: str, document: Document) -> Row | BadRow:

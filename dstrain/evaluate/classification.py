@@ -14,6 +14,7 @@ from dstrain.generate.text import batches_by_length
 from dstrain.parallel import Launch
 
 MAX_FOUND_LABELS = 100
+MAX_GROUPS = 100
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ def find_labels(named: list[str], golds: Sequence[str]) -> list[str]:
     if other := next((f"row {i} has {gold!r}" for i, gold in enumerate(golds, 1) if gold not in labels), None):
         raise UserError(f"{other}, which is none of the labels {', '.join(map(repr, labels))}: name it with --labels")
     return labels
+
+
+def check_groups(column: str | None, groups: Sequence[str]) -> None:
+    """Raises UserError for a column that tells single rows apart, not groups."""
+    if (count := len(set(groups))) > MAX_GROUPS:
+        raise UserError(f"--group_column {column} has {count} different values: name a column of at most {MAX_GROUPS}")
 
 
 def encode_labels(loaded: LoadedModel, texts: list[str]) -> Labels:

@@ -41,6 +41,7 @@ FOR_TASKS = {
     "labels": ("classification",),
     "positive_label": ("classification",),
     "length_normalized": ("classification",),
+    "group_column": ("classification",),
     "metrics": ("generation",),
     "max_new_tokens": ("generation",),
     "num_beams": ("generation",),
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--labels", action="append", help="one label's text; repeatable (default: all completions)")
     labels.add_argument("--positive_label", help="of precision, recall and F1 (default: the last label)")
     labels.add_argument("--length_normalized", action="store_true", help="compare likelihoods by token")
+    labels.add_argument("--group_column", help="a column of few values: error rates for each of them")
     texts = parser.add_argument_group("generation")
     texts.add_argument("--metrics", help="of bleu,chrf,rouge,exact_match (default: all)")
     texts.add_argument("--max_new_tokens", type=int, help="default: 128, or half of --max_length")

@@ -1,7 +1,7 @@
 """Figures of a task from its rows, through the libraries that others report with."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from math import fsum
 from typing import Any
@@ -48,6 +48,28 @@ def classification_metrics(
         "by_label": rows,
         "confusion_matrix": confusion_matrix(golds, predictions, labels=labels).tolist(),
     }
+
+
+def group_metrics(
+    golds: Sequence[str], predictions: Sequence[str], groups: Sequence[str], labels: list[str], positive: str
+) -> dict[str, dict[str, Any]]:
+    """Group -> its rows, accuracy and, of two labels, false positive and false negative rate; None where it has no row
+    that could be one."""
+    found = {}
+    for group in sorted(set(groups)):
+        pairs = [(gold, p) for gold, p, own in zip(golds, predictions, groups, strict=True) if own == group]
+        found[group] = {"rows": len(pairs), "accuracy": _share(gold == p for gold, p in pairs)}
+        if len(labels) == 2:
+            found[group] |= {
+                "false_positive_rate": _share(p == positive for gold, p in pairs if gold != positive),
+                "false_negative_rate": _share(p != positive for gold, p in pairs if gold == positive),
+            }
+    return found
+
+
+def _share(flags: Iterable[bool]) -> float | None:
+    counted = list(flags)
+    return sum(counted) / len(counted) if counted else None
 
 
 def text_metrics(

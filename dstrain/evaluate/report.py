@@ -74,9 +74,11 @@ def _show(result: dict[str, Any]) -> None:
     metrics, settings = result["metrics"], result["settings"]
     console.print(f"{result['model']}: {result['task']}", markup=False, soft_wrap=True)
     if "by_label" in metrics:
-        metrics = {name: value for name, value in metrics.items() if name not in ("by_label", "confusion_matrix")}
-        console.print(_table(metrics))
-        console.print(_confusion(result["metrics"], settings["labels"]))
+        tables = ("by_label", "by_group", "confusion_matrix")
+        console.print(_table({name: value for name, value in metrics.items() if name not in tables}))
+        console.print(_confusion(metrics, settings["labels"]))
+        if "by_group" in metrics:
+            console.print(_groups(metrics["by_group"], settings["group_column"]))
     elif result["task"].startswith("lm_eval"):
         for figures in metrics.values():
             console.print(_table(figures))
@@ -99,6 +101,20 @@ def _table(figures: dict[str, Any]) -> Any:
     for name, value in figures.items():
         shown = f"{value:.4f}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
         table.add_row(escape(name), escape(shown))
+    return table
+
+
+def _groups(by_group: dict[str, dict[str, Any]], column: str) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(f"rows by {column}"), title_justify="left")
+    table.add_column("")
+    for name in next(iter(by_group.values())):
+        table.add_column(name.replace("_", " "), justify="right")
+    for group, figures in by_group.items():
+        shown = (f"{x:.4f}" if isinstance(x, float) else "" if x is None else str(x) for x in figures.values())
+        table.add_row(escape(repr(group)), *shown)
     return table
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dstrain.errors import UserError
-from dstrain.evaluate.classification import choose, encode_labels, find_labels, score_rows
+from dstrain.evaluate.classification import check_groups, choose, encode_labels, find_labels, score_rows
 from dstrain.evaluate.cli import OF_SAMPLES, decoding_of, metrics_of
-from dstrain.evaluate.metrics import classification_metrics, text_metrics
+from dstrain.evaluate.metrics import classification_metrics, group_metrics, text_metrics
 from dstrain.evaluate.perplexity import measure_perplexity
 from dstrain.evaluate.ranks import over_ranks
 from dstrain.generate.flags import row_arguments
@@ -33,6 +33,7 @@ class _Rows:
 
     texts: list[str]
     answers: list[str]
+    groups: list[str | None]
     whole: list[list[int]]
     prompts: list[list[int]]
     settings: dict[str, Any]
@@ -54,7 +55,9 @@ class _Rows:
 
 def _read_rows(args: argparse.Namespace, loaded: LoadedModel) -> _Rows:
     """Rows of a prompt and an answer. Raises UserError."""
-    found = read_prompts(args.data_file, "--data_file", row_arguments(args), loaded, args.max_eval_samples)
+    found = read_prompts(
+        args.data_file, "--data_file", row_arguments(args), loaded, args.max_eval_samples, args.group_column
+    )
     if plain := next((i for i, prompt in enumerate(found.prompts, 1) if prompt.answer is None), None):
         raise UserError(
             f"row {plain} of --data_file is plain text, and --task {args.task} needs a prompt and a completion: "
@@ -68,8 +71,8 @@ def _read_rows(args: argparse.Namespace, loaded: LoadedModel) -> _Rows:
         "max_length": None,
         "truncation_side": args.truncation_side or "left",
     }
-    answers = [str(prompt.answer) for prompt in found.prompts]
-    return _Rows([prompt.text for prompt in found.prompts], answers, ids, ids, settings)
+    answers, groups = [str(prompt.answer) for prompt in found.prompts], [prompt.group for prompt in found.prompts]
+    return _Rows([prompt.text for prompt in found.prompts], answers, groups, ids, ids, settings)
 
 
 def _perplexity(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -> Outcome:
@@ -87,7 +90,8 @@ def _perplexity(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -
 
 def _classification(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -> Outcome:
     rows = _read_rows(args, loaded)
-    golds = rows.answers
+    golds, groups = rows.answers, [group for group in rows.groups if group is not None]
+    check_groups(args.group_column, groups)
     labels = encode_labels(loaded, find_labels(args.labels or [], golds))
     positive = args.positive_label or labels.texts[-1]
     if positive not in labels.texts:
@@ -113,7 +117,11 @@ def _classification(args: argparse.Namespace, loaded: LoadedModel, launch: Launc
         "end_of_text_scored": labels.with_end,
         "length_normalized": args.length_normalized,
     }
-    return Outcome(classification_metrics(golds, chosen, labels.texts, positive), settings, lines)
+    metrics = classification_metrics(golds, chosen, labels.texts, positive)
+    if args.group_column:
+        settings["group_column"] = args.group_column
+        metrics["by_group"] = group_metrics(golds, chosen, groups, labels.texts, positive)
+    return Outcome(metrics, settings, lines)
 
 
 def _generation(args: argparse.Namespace, loaded: LoadedModel, launch: Launch) -> Outcome:

@@ -17,11 +17,12 @@ from dstrain.generate.model import LoadedModel
 @dataclass(frozen=True)
 class Prompt:
     """text: as the model reads it (of a chat, by the template); answer: what the row has behind it; None for a plain
-    text; ids: the text's tokens, as in training."""
+    text; ids: the text's tokens, as in training; group: the text of the row's `group_column`."""
 
     text: str
     answer: str | None
     ids: list[int]
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,29 @@ class Prompts:
 
 
 def read_prompts(
-    patterns: list[str], flag: str, dargs: DataArguments, loaded: LoadedModel, limit: int | None = None
+    patterns: list[str],
+    flag: str,
+    dargs: DataArguments,
+    loaded: LoadedModel,
+    limit: int | None = None,
+    group_column: str | None = None,
 ) -> Prompts:
     """The rows of files, read as training reads them; at most `limit`. Raises UserError."""
     skipped, found = SkippedRows(dargs.bad_rows), []
-    rows = (row for file in find_files(patterns, flag) for row in read_file(file, ColumnFlags.of(dargs)))
+    columns = ColumnFlags.of(dargs)
+    rows = (row for file in find_files(patterns, flag) for row in read_file(file, columns, group_column))
     for row in skipped.accept(rows):
         try:
-            found.append((*_read(row.document, loaded), isinstance(row.document, Chat)))
+            found.append((*_read(row.document, loaded), isinstance(row.document, Chat), row.group))
         except RowError as error:
             skipped.add(BadRow(row.where, error.kind, f"{row.where}{error}"))
         if len(found) == limit:
             break
     if not found:
         raise UserError(f"{flag} {' '.join(patterns)} holds no row that can be used")
-    ids = loaded.encode_prompts([text for text, *_ in found], [is_chat for *_, is_chat in found])
-    return Prompts([Prompt(*row[:2], its_ids) for row, its_ids in zip(found, ids, strict=True)], skipped.kinds)
+    texts, answers, are_chats, groups = zip(*found, strict=True)
+    ids = loaded.encode_prompts(list(texts), are_chats)
+    return Prompts([Prompt(*row) for row in zip(texts, answers, ids, groups, strict=True)], skipped.kinds)
 
 
 def _read(document: Document, loaded: LoadedModel) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ import torch
 from dstrain import cli
 from dstrain.errors import UserError
 from dstrain.evaluate.classification import choose, encode_labels, find_labels, score_batch
-from dstrain.evaluate.metrics import classification_metrics, text_metrics
+from dstrain.evaluate.metrics import classification_metrics, group_metrics, text_metrics
 from dstrain.generate.model import load
 from tests import tiny_model
 from tests.checkpoints import written_by_two_ranks
@@ -152,6 +152,43 @@ def test_classification_figures_by_hand():
     assert (found["macro_precision"], found["macro_recall"]) == pytest.approx((3 / 4, 5 / 6))
     assert found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert found["confusion_matrix"] == [[1, 0], [1, 2]]
+
+
+def test_figures_of_groups_by_hand():
+    golds, given, groups = list("nnnppppn"), list("npnppnpp"), list("aaaaabbc")
+    a, b, c = (group_metrics(golds, given, groups, ["n", "p"], "p")[name] for name in "abc")
+    assert a == {"rows": 5, "accuracy": 0.8, "false_positive_rate": pytest.approx(1 / 3), "false_negative_rate": 0.0}
+    assert b == {"rows": 2, "accuracy": 0.5, "false_positive_rate": None, "false_negative_rate": 0.5}
+    assert c == {"rows": 1, "accuracy": 0.0, "false_positive_rate": 1.0, "false_negative_rate": None}
+    of_three = group_metrics(["n", "q"], ["n", "p"], ["a", "a"], ["n", "p", "q"], "q")
+    assert of_three == {"a": {"rows": 2, "accuracy": 0.5}}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_error_rates_of_groups(suffix, folder, tmp_path, evaluate, capfd):
+    """The groups are a column of the rows that are judged; rows that are left out are in none."""
+    import pandas
+
+    file = tmp_path / f"rows.{suffix}"
+    table = pandas.DataFrame([*REVIEWS, ("left out", "")], columns=["prompt", "completion"])
+    table["from"] = ["here", "there", "there", "here", "nowhere"]
+    table["id"] = range(5)
+    writers = {
+        "jsonl": lambda: table.to_json(file, orient="records", lines=True),
+        "parquet": lambda: table.to_parquet(file),
+    }
+    writers.get(suffix, lambda: table.to_csv(file, index=False))()
+    flags = [folder, "--task", "classification", "--data_file", file]
+    shown, found = evaluate(*flags, "--group_column", "from")
+    by_group, whole = found["metrics"]["by_group"], found["metrics"]
+    assert {group: figures["rows"] for group, figures in by_group.items()} == {"here": 2, "there": 2}
+    assert whole["accuracy"] == (by_group["here"]["accuracy"] + by_group["there"]["accuracy"]) / 2
+    (bad_as_good, bad), good = whole["confusion_matrix"][0][::-1], whole["confusion_matrix"][1]
+    assert by_group["there"]["false_positive_rate"] == bad_as_good / (bad + bad_as_good)
+    assert by_group["here"]["false_negative_rate"] == good[0] / 2
+    assert "rows by from" in shown and "false negative rate" in shown
+    assert "has no column form" in refusal(capfd, *flags, "--group_column", "form")
+    assert "by_group" not in evaluate(*flags)[1]["metrics"]
 
 
 def test_text_figures_by_hand():
