@@ -16,6 +16,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 512  # at least; a chunk's logits are kept in the model's dtype
 CHUNK_ELEMENTS = 2**24  # so many logits a chunk may have where the vocabulary is small
+# A chunk is filled up with zeros to a multiple of so many tokens. oneDNN compiles and keeps a kernel for every shape
+# that it meets: with a shape of its own for each number of label tokens, memory on a CPU grew for hundreds of steps.
+CHUNK_MULTIPLE = 64
 # fp32 temporaries of this many elements stay in the cache of a CPU, and below the size from which malloc maps fresh
 # pages each time: 8 times faster than whole chunks of 512 x 32,000. A GPU wants few large kernels instead.
 BLOCK_ELEMENTS = {"cpu": 2**21}
@@ -117,6 +120,11 @@ def _replace_by_grad_(
     return total
 
 
+def _filled_up(rows: Tensor) -> Tensor:
+    """rows [n, width] and zeros behind them, to a multiple of CHUNK_MULTIPLE."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % CHUNK_MULTIPLE))
+
+
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, transform, compute_dtype, need_grad, label_smoothing, shard):
@@ -132,11 +140,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         kept = (target != IGNORE_INDEX).nonzero().squeeze(1)
         columns = weight.shape[0] if shard is None else shard.largest
         for rows in kept.split(max(CHUNK_TOKENS, CHUNK_ELEMENTS // columns)):
-            chunk = hidden[rows].to(compute_dtype)
+            chunk = _filled_up(hidden[rows].to(compute_dtype))
             raw = torch.nn.functional.linear(chunk, matrix, offset)
-            total += _replace_by_grad_(raw, target[rows], transform, need_grad, label_smoothing, shard)
+            total += _replace_by_grad_(raw[: len(rows)], target[rows], transform, need_grad, label_smoothing, shard)
+            raw[len(rows) :] = 0.0
             if grad_hidden is not None:
-                part = raw @ matrix
+                part = (raw @ matrix)[: len(rows)]
                 grad_hidden[rows] = (part if shard is None else shard.sum_(part)).to(grad_hidden.dtype)
             if grad_weight is not None:
                 for start in range(0, weight.shape[0], block):

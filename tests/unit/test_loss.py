@@ -3,10 +3,16 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstrain.models import cross_entropy as module
-from dstrain.models.cross_entropy import LogitTransform, cross_entropy, linear_cross_entropy
+from dstrain.models.cross_entropy import (
+    IGNORE_INDEX,
+    LogitTransform,
+    cross_entropy,
+    linear_cross_entropy,
+)
 from dstrain.models.loss import check_loss_head, install_fused_loss, shift_labels, token_loss
 
 SMALL = {
@@ -266,3 +272,22 @@ def test_a_forward_that_breaks_on_the_loss_is_found():
     model.register_forward_hook(lambda *args: args[2].logits[:, 3])
     head = install_fused_loss(model)
     assert "Error" in check_loss_head(model, head, 97)
+
+
+def test_every_number_of_label_tokens_does_not_have_its_own_shapes():
+    """oneDNN keeps a kernel for every shape of a product: memory grew with each batch of another number of labels."""
+    shapes = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                shapes.add(tuple(tuple(x.shape) for x in args))
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight = (torch.randn(n, 8, requires_grad=True) for n in (256, 16))
+    for kept in range(1, 257, 5):
+        target = torch.full((256,), IGNORE_INDEX)
+        target[:kept] = 3
+        with Products():
+            linear_cross_entropy(hidden, weight, None, target).backward()
+    assert 3 <= len(shapes) <= 3 * 4  # logits, gradient of hidden, gradient of weight; for 64, 128, 192 and 256 tokens
