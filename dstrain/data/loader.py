@@ -21,10 +21,15 @@ MicroBatch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
 
 
-def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int) -> MicroBatch:
-    """Rows of length n_i -> int64 tensors [len(rows), max n_i]; `attention_mask` only where rows are padded."""
+def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int, block_size: int = 0) -> MicroBatch:
+    """Rows of length n_i -> int64 tensors [len(rows), max n_i]; `attention_mask` only where rows are padded.
+
+    Packed rows are filled up to block_size: they lack little, and on a CPU every new shape costs memory for good.
+    """
     lengths = [len(row["input_ids"]) for row in rows]
     longest, padded = max(lengths), min(lengths) < max(lengths)
+    if "position_ids" in rows[0]:
+        longest = max(longest, block_size)
     fill = {"input_ids": pad_token_id, "labels": IGNORE, "position_ids": 0}
     batch = {}
     for name in rows[0]:
@@ -82,7 +87,8 @@ def build_loader(
         order = samples.order(seed)
         try:
             for first in itertools.count(samples_consumed, global_batch):
-                yield [collate([samples[order[first + i]] for i in micro], pad_token_id) for micro in plan]
+                rows = ([samples[order[first + i]] for i in micro] for micro in plan)
+                yield [collate(own, pad_token_id, samples.block_size) for own in rows]
         finally:
             samples.close()
 
@@ -171,4 +177,5 @@ def eval_batches(
         return row if position < len(samples) else row | {"labels": np.full_like(row["labels"], IGNORE)}
 
     for first in range(0, num_batches * global_batch, global_batch):
-        yield [collate([sample(first + i) for i in micro], pad_token_id) for micro in plan]
+        rows = ([sample(first + i) for i in micro] for micro in plan)
+        yield [collate(own, pad_token_id, samples.block_size) for own in rows]

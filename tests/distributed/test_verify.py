@@ -210,7 +210,7 @@ def other_rows_on_the_second_tensor_rank() -> None:
 
     collate = loader.collate
     order = -1 if os.environ["RANK"] == "1" else 1
-    replace(loader, "collate", lambda rows, pad_token_id: collate(rows[::order], pad_token_id))
+    replace(loader, "collate", lambda rows, *more: collate(rows[::order], *more))
 
 
 def documents_see_each_other() -> None:
@@ -218,8 +218,8 @@ def documents_see_each_other() -> None:
 
     collate = loader.collate
 
-    def without_positions(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-        return collate([{k: v for k, v in row.items() if k != "position_ids"} for row in rows], pad_token_id)
+    def without_positions(rows: list[dict[str, Any]], *more: int) -> dict[str, Any]:
+        return collate([{k: v for k, v in row.items() if k != "position_ids"} for row in rows], *more)
 
     replace(loader, "collate", without_positions)
 
