@@ -17,6 +17,7 @@ import torch
 from dstrain.data.packing import IGNORE, Samples
 from dstrain.phases import phase
 
+PACKED_MULTIPLE = 64  # nearly all micro-batches get one shape: oneDNN keeps kernels for every shape that it meets
 MicroBatch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
 
@@ -24,12 +25,12 @@ Item = TypeVar("Item")
 def collate(rows: list[dict[str, np.ndarray]], pad_token_id: int, block_size: int = 0) -> MicroBatch:
     """Rows of length n_i -> int64 tensors [len(rows), max n_i]; `attention_mask` only where rows are padded.
 
-    Packed rows are filled up to block_size: they lack little, and on a CPU every new shape costs memory for good.
+    Packed rows are filled up to a multiple of PACKED_MULTIPLE, at most to block_size: see there.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     longest, padded = max(lengths), min(lengths) < max(lengths)
     if "position_ids" in rows[0]:
-        longest = max(longest, block_size)
+        longest = max(longest, min(-(-longest // PACKED_MULTIPLE) * PACKED_MULTIPLE, block_size))
     fill = {"input_ids": pad_token_id, "labels": IGNORE, "position_ids": 0}
     batch = {}
     for name in rows[0]:

@@ -1,6 +1,7 @@
 """The examples do what they say: every command of their READMEs runs (a few steps), and their numbers are true."""
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -35,10 +36,13 @@ def commands(readme: Path) -> list[str]:
 
 def test_every_recipe_has_its_commands():
     assert {readme.parent.name: len(commands(readme)) for readme in READMES} == {
+        "chat": 5,
         "examples": 1,
+        "gsm8k": 2,
         "imdb": 3,
         "shakespeare": 2,
         "stories": 1,
+        "summaries": 4,
         "translation": 3,
     }
 
@@ -170,6 +174,73 @@ def test_translation_reached_what_its_readme_says():
     text = (EXAMPLES / "translation/README.md").read_text()
     assert found["settings"]["num_rows"] == 1000
     assert f"BLEU {found['metrics']['bleu']:.1f}, chrF {found['metrics']['chrf']:.1f}" in text
+
+
+def test_summaries_reached_what_its_readme_says():
+    found = json.loads((EXAMPLES / "summaries/result.json").read_text())
+    text = (EXAMPLES / "summaries/README.md").read_text()
+    assert found["settings"]["num_rows"] == 354 and "the 354 rows" in text
+    scores = (found["metrics"][name] for name in ("rouge1", "rouge2", "rougeL"))
+    assert f"| the model | {' | '.join(f'{score:.1f}' for score in scores)} |" in text
+
+
+def test_chat_reached_what_its_readme_says():
+    before, after = (json.loads((EXAMPLES / f"chat/{name}.json").read_text()) for name in ("before", "result"))
+    assert before["data"] == after["data"] and before["settings"]["tokens"] == after["settings"]["tokens"] == 1680
+    losses = [found["metrics"]["loss"] for found in (after, before)]
+    text = " ".join((EXAMPLES / "chat/README.md").read_text().split())
+    assert "a loss of {:.4f} on the 1,680 tokens of their answers, {:.4f} before".format(*losses) in text
+
+
+def test_gsm8k_reached_what_its_readme_says():
+    found = json.loads((EXAMPLES / "gsm8k/result.json").read_text())
+    assert found["settings"]["num_rows"] == 1319
+    right = round(found["metrics"]["exact_match"] * 1319)
+    text = (EXAMPLES / "gsm8k/README.md").read_text()
+    assert f"{right} of 1,319 answers are right ({right / 1319:.1%})".replace("%", " %") in text
+
+
+def test_the_texts_of_the_summaries_are_on_one_side(shared_data, tmp_path):
+    """Each stands under several templates; and the lead that the README tells of is that of these rows."""
+    words = shlex.split(commands(EXAMPLES / "summaries/README.md")[0])
+    run_command([*words[:2], str(shared_data / words[2]), str(tmp_path)]).check()
+    sides = [
+        [json.loads(line) for line in (tmp_path / f"{side}.jsonl").read_text().splitlines()]
+        for side in ("train", "validation", "test")
+    ]
+    texts = [{row["text"] for row in side} for side in sides]
+    assert [len(side) for side in sides] == [1914, 132, 354] and [len(side) for side in texts] == [306, 22, 57]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    lead = json.loads(run_command(["python", "examples/summaries/lead.py", str(tmp_path)]).check().stdout)
+    row = " | ".join(f"{lead[name]:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
+    assert f"| the first words | {row} |" in (EXAMPLES / "summaries/README.md").read_text()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["chat", "gsm8k", "summaries"])
+def test_fine_tuning_to_a_figure(name, shared_data, tmp_path):
+    """All commands of a recipe on its own data with the smallest real model, a few steps and 20 rows to judge."""
+    flags = yaml.safe_load((EXAMPLES / name / "flags.yaml").read_text())
+
+    def moved(word: str) -> str:
+        if word == "stories15M-hf":
+            return str(shared_data / "models/stories260K-hf")
+        if word.startswith("runs/"):
+            return f"{tmp_path}/{word.removeprefix('runs/')}"
+        return str(shared_data / word) if (shared_data / word).is_file() else word
+
+    places = ("model_name_or_path", "train_file", "validation_file", "output_dir")
+    more = [word for flag in places if flag in flags for word in (f"--{flag}", moved(flags[flag]))]
+    for command in commands(EXAMPLES / name / "README.md"):
+        words = [moved(word) for word in shlex.split(command)]
+        if "dstrain/train.py" in words:
+            words += [*more, *SHORT, "--num_train_epochs", "0.1"]
+        if "evaluate" in words:
+            words += ["--max_eval_samples", "20"]
+        run_command(words, run_dir=tmp_path / name).check()
+    found = json.loads((tmp_path / name / "test.json").read_text())
+    figure = {"chat": "loss", "gsm8k": "exact_match", "summaries": "rouge1"}[name]
+    assert math.isfinite(found["metrics"][figure]) and found["model"] == f"{tmp_path}/{name}/export"
 
 
 @pytest.fixture(scope="module")
