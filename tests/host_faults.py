@@ -61,7 +61,15 @@ class Trial:
             deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(cluster.hostfile())]
             self.launchers = [self._start(cluster.names[0], [*launch, *deepspeed, *words], "launch")]
         else:
-            head = [str(BIN / "torchrun"), "--nnodes", f"1:{len(cluster.names)}", "--nproc_per_node", "1"]
+            head = [
+                "env",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+                str(BIN / "torchrun"),
+                "--nnodes",
+                f"1:{len(cluster.names)}",
+                "--nproc_per_node",
+                "1",
+            ]
             head += ["--max-restarts", "10", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
             head += ["--rdzv-endpoint", f"{cluster.names[0]}:29400"]
             self.launchers = [self._start(name, [*head, *words], name) for name in cluster.names]
