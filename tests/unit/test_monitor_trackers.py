@@ -11,6 +11,7 @@ import pytest
 from dstrain.monitor.metrics import read_metrics
 from dstrain.monitor.trackers import EVAL_NAMES, TRAIN_NAMES, DeepSpeedTrackers, NullTrackers, build_trackers
 
+pytestmark = pytest.mark.ops  # its engine loads one
 TRAIN = """
 import json, os, sys
 out = sys.argv[1]
