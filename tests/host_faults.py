@@ -57,7 +57,7 @@ class Trial:
         (cluster.folder / "home" / ".deepspeed_env").write_text(environment)
         self.strangers = [self._start(name, [sys.executable, "-c", _SLEEP, *_STRANGER]) for name in cluster.names]
         if way == "pdsh":
-            launch = [str(BIN / "dstrain"), "launch", "--max_restarts", "3", "--backoff", "1", *more, "--"]
+            launch = [str(BIN / "dstrain"), "launch", "--max_restarts", "3", "--backoff", "0.5", *more, "--"]
             deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(cluster.hostfile())]
             self.launchers = [self._start(cluster.names[0], [*launch, *deepspeed, *words], "launch")]
         else:
