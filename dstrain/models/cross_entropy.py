@@ -16,8 +16,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 512  # at least; a chunk's logits are kept in the model's dtype
 CHUNK_ELEMENTS = 2**24  # so many logits a chunk may have where the vocabulary is small
-# A chunk is filled up with zeros to a multiple of so many tokens. oneDNN compiles and keeps a kernel for every shape
-# that it meets: with a shape of its own for each number of label tokens, memory on a CPU grew for hundreds of steps.
+# A chunk in 16 bits is filled up with zeros to a multiple of so many tokens. oneDNN compiles and keeps a kernel for
+# every shape that it meets: with one for each number of label tokens, memory on a CPU grew for hundreds of steps.
+# Products in fp32 are MKL's.
 CHUNK_MULTIPLE = 64
 # fp32 temporaries of this many elements stay in the cache of a CPU, and below the size from which malloc maps fresh
 # pages each time: 8 times faster than whole chunks of 512 x 32,000. A GPU wants few large kernels instead.
@@ -121,7 +122,9 @@ def _replace_by_grad_(
 
 
 def _filled_up(rows: Tensor) -> Tensor:
-    """rows [n, width] and zeros behind them, to a multiple of CHUNK_MULTIPLE."""
+    """rows [n, width] and, in 16 bits, zeros behind them, to a multiple of CHUNK_MULTIPLE."""
+    if rows.dtype == torch.float32:
+        return rows
     return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % CHUNK_MULTIPLE))
 
 

@@ -284,7 +284,7 @@ def test_every_number_of_label_tokens_does_not_have_its_own_shapes():
                 shapes.add(tuple(tuple(x.shape) for x in args))
             return func(*args, **(kwargs or {}))
 
-    hidden, weight = (torch.randn(n, 8, requires_grad=True) for n in (256, 16))
+    hidden, weight = (torch.randn(n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (256, 16))
     for kept in range(1, 257, 5):
         target = torch.full((256,), IGNORE_INDEX)
         target[:kept] = 3
