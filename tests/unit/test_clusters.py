@@ -268,6 +268,7 @@ exit 1
 """
 
 
+@pytest.mark.ops  # a supervisor ends all below its process, a build of ops too
 @pytest.mark.parametrize(("engine", "program"), [("ssh", "deepspeed"), ("mpi", "mpirun")])
 def test_a_start_from_a_hostfile_is_supervised(engine, program, tmp_path, monkeypatch):
     """The code is the run's own, and one that starting again cannot help is final."""

@@ -161,6 +161,7 @@ def test_hosts_that_are_left_behind_are_not_waited_for(hosts):
             assert place.is_left_behind() is expected, seconds
 
 
+@pytest.mark.ops  # a supervisor ends all below its process, a build of ops too
 def test_without_any_host_the_supervisor_gives_up(hosts, capsys):
     hosts.begin(8)
     hosts.answer()
