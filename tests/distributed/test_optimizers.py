@@ -10,7 +10,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"type": "Adam", "params": {"lr": 1e-3}},
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}},
-    "Adagrad": {"type": "Adagrad", "params": {"lr": 1e-2}},
+    "Adagrad": {"type": "Adagrad", "params": {"lr": 3e-3}},  # at 1e-2 the norms of late steps multiply any rounding
     "Lion": {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.1}},
     "Muon": {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9}},
     "SGD": {"type": "SGD", "params": {"lr": 0.03, "momentum": 0.9}},

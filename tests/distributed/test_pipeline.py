@@ -28,7 +28,9 @@ def model_of(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """The run of one rank for a model, a configuration and flags, started once."""
-    configs = {"sgd": SGD, "clipped": SGD_CLIPPED, "adamw": ADAMW, "bf16": ADAMW | BF16 | zero(1)}
+    # "calm": at SGD's own rate Mixtral's late steps multiply any rounding by a thousand
+    calm = SGD | {"optimizer": {"type": "SGD", "params": {"lr": 0.05}}}
+    configs = {"sgd": SGD, "calm": calm, "clipped": SGD_CLIPPED, "adamw": ADAMW, "bf16": ADAMW | BF16 | zero(1)}
 
     @cache
     def get(model: str, config: str, *flags: str) -> tuple[Run, dict[str, Any]]:
@@ -54,7 +56,7 @@ def test_two_stages_equal_one_rank(single, tmp_path, model):
 
 @pytest.mark.parametrize("model", thinned(["llama_tied", "mixtral"], "mixtral"))
 def test_two_stages_times_two_replicas_equal_one_rank(single, tmp_path, model):
-    compare(single, tmp_path, model, "sgd", stages(2) | zero(1), 4)
+    compare(single, tmp_path, model, "calm", stages(2) | zero(1), 4)
 
 
 @pytest.mark.parametrize("model", thinned(["llama_tied", "mixtral"], "llama_tied"))
