@@ -30,6 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "dstrain" / "train.py"
 BIN = Path(sys.executable).parent
 LAUNCHERS = ("python", "torchrun", "deepspeed", "accelerate")
+# With the byte-level tokenizer: seconds a run.
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 _MARK = "DSTRAIN_TEST_RUN"
 _SHM = Path("/dev/shm")
 

@@ -6,46 +6,20 @@ dstrain launch --max_restarts 3 -- torchrun --nproc_per_node 2 dstrain/train.py 
 """
 
 import argparse
-import os
-from collections.abc import Sequence
-from pathlib import Path
 
-from dstrain.arguments import parse_arguments
 from dstrain.errors import UserError
 from dstrain.launch.clusters import cli as clusters
 from dstrain.launch.doctor.preflight import check_start
 from dstrain.launch.fleet import build_place
 from dstrain.launch.supervise import Supervisor, say
 from dstrain.launch.travel import check_words
+from dstrain.launch.words import find_run_folder
 from dstrain.run_folder import RunFolder
-
-SCRIPTS = ("train.py", "dstrain.train")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see dstrain launch --help)")
-
-
-def find_script(command: Sequence[str]) -> int | None:
-    """Where a start command names the training script: ours, or else the first Python file behind a launcher."""
-    ours = (i for i, word in enumerate(command) if os.path.basename(word) in SCRIPTS)
-    other = (i for i, word in enumerate(command) if i > 0 and word.endswith(".py"))
-    return next(ours, next(other, None))
-
-
-def find_run_folder(command: Sequence[str]) -> Path:
-    """The run folder of a start command; checks the script's own flags on the way. Raises UserError."""
-    script = find_script(command)
-    if script is not None and os.path.basename(command[script]) in SCRIPTS:
-        return Path(parse_arguments(list(command[script + 1 :])).run.output_dir)
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word == "--output_dir":
-            return Path(following)
-    raise UserError(
-        "the command names neither dstrain/train.py nor --output_dir: write for example "
-        "dstrain launch -- torchrun --nproc_per_node 2 dstrain/train.py ..."
-    )
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise UserError("no command: write dstrain launch [flags] -- torchrun ... dstrain/train.py ...")
     check_words(command)
     folder = find_run_folder(command)
+    place = build_place(command, folder, say, args.smaller_config)
     if not RunFolder(folder).metrics.exists():  # a run that has begun may go on without a host
         check_start(command, folder)
-    place = build_place(command, find_script(command), folder, say, args.smaller_config)
     return Supervisor(place, folder, max_restarts=args.max_restarts, backoff_s=args.backoff).run()

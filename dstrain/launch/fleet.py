@@ -28,6 +28,7 @@ from dstrain.launch.hosts import (
     read_hostfile,
     write_hostfile,
 )
+from dstrain.launch.words import HOSTFILE, find_script, flag_value, hostfile_of, launcher_of, with_flag
 from dstrain.run_folder import RunFolder
 
 LEFT_BEHIND_S = 30.0  # between the end of a run's part on one host and the end of the others
@@ -85,7 +86,7 @@ class Fleet:
         self._script = os.path.basename(command[script])
         self._folder, self._say = folder, say
         self._smaller_config = smaller_config
-        self._hostfile = _value(self._launcher, *_HOSTFILE) or ""
+        self._hostfile = flag_value(self._launcher, *HOSTFILE) or ""
         self._own = tempfile.TemporaryDirectory(prefix="dstrain_launch_")  # the run folder is for the run to begin
         self._hosts: list[Host] = []  # of the present start
         self._known: set[str] = set()  # segments that were there before it
@@ -161,19 +162,19 @@ class Fleet:
     def _command(self, listed: list[Host], config: str | None) -> list[str]:
         reduced = Path(self._own.name, "hostfile")
         write_hostfile(reduced, self._hosts)
-        launcher = _with(self._launcher, str(reduced), *_HOSTFILE)
+        launcher = with_flag(self._launcher, str(reduced), *HOSTFILE)
         if self._hosts[0] != listed[0]:  # DeepSpeed then asks the first host for its address
-            launcher = _with(launcher, None, "--master_addr")
+            launcher = with_flag(launcher, None, "--master_addr")
         if len(self._hosts) == 1 and not is_this_host(self._hosts[0].name):  # else the runner starts it here
             launcher.insert(1, "--force_multi")
         flags = self._flags
         if config is not None:
             flags = [
-                *_with(_with(flags, None, "--deepspeed"), None, "--deepspeed_config"),
+                *with_flag(with_flag(flags, None, "--deepspeed"), None, "--deepspeed_config"),
                 "--deepspeed_config",
                 config,
             ]
-        if _value(flags, "--output_dir") is None:  # by which the sweep knows the run's processes
+        if flag_value(flags, "--output_dir") is None:  # by which the sweep knows the run's processes
             flags = [*flags, "--output_dir", str(self._folder)]
         return [*launcher, *flags]
 
@@ -213,21 +214,15 @@ class Fleet:
                 self._say(f"{answer.host}: removed {', '.join(left['removed'])} from /dev/shm")
 
 
-_HOSTFILE = ("-H", "--hostfile")
-
-
-def build_place(
-    command: Sequence[str], script: int | None, folder: Path, say: Say, smaller_config: str | None = None
-) -> OneHost | Fleet:
-    """Where the command starts its ranks; script: the index of the training script in it. Raises UserError."""
-    launcher = list(command[:script]) if script is not None else []
-    hostfile = _value(launcher, *_HOSTFILE) if os.path.basename(command[0]) == "deepspeed" else None
+def build_place(command: Sequence[str], folder: Path, say: Say, smaller_config: str | None = None) -> OneHost | Fleet:
+    """Where the command starts its ranks. Raises UserError."""
+    hostfile, script = hostfile_of(command), find_script(command)
     if script is None or hostfile is None or all(is_this_host(host.name) for host in read_hostfile(hostfile)):
         if smaller_config is not None:
             raise UserError("--smaller_config is for a start over several hosts: deepspeed --hostfile F ... SCRIPT ...")
         return OneHost(command, folder, say)
     for name in _NOT_BESIDE_A_HOSTFILE:
-        if any(word.split("=")[0] == name for word in launcher):
+        if any(word.split("=")[0] == name for word in launcher_of(command)):
             raise UserError(
                 f"{name} cannot follow a lost host: write the hosts and their slots into {hostfile} instead"
             )
@@ -256,29 +251,3 @@ def _left(answer: Answer) -> dict[str, Any]:
 def _failed(answer: Answer) -> Answer:
     last = answer.stderr.strip().splitlines()[-1:] or [f"exit code {answer.exit_code}"]
     return Answer(answer.host, answer.exit_code, "", "", f"{answer.host} cannot run dstrain ({last[0]})")
-
-
-def _value(words: Sequence[str], *names: str) -> str | None:
-    """The last value that one of the flags has: `NAME VALUE` or `NAME=VALUE`."""
-    found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word in names:
-            found = following
-        elif word.split("=")[0] in names:
-            found = word.split("=", 1)[1]
-    return found
-
-
-def _with(words: Sequence[str], value: str | None, *names: str) -> list[str]:
-    """The words with this value for one of the flags wherever it is; None takes flag and value out."""
-    kept: list[str] = []
-    skip = False
-    for word in words:
-        if skip:
-            skip = False
-        elif word.split("=")[0] in names:
-            skip = word in names
-            kept += [] if value is None else [word.split("=")[0], value]
-        else:
-            kept.append(word)
-    return kept

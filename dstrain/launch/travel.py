@@ -5,13 +5,12 @@ quotes around it, other flags none; `MultiNodeRunner.add_export` does the same t
 sign but a few. pdsh itself replaces %h, %n and %u. mpirun hands flags on as they are, and values with those quotes.
 """
 
-import os
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 from dstrain.errors import UserError
 from dstrain.launch.hosts import read_hostfile
+from dstrain.launch.words import flag_value, hostfile_of, launcher_of
 
 PLAIN = re.compile(r"[\w@%+=:,./-]*")  # values that get no quotes
 _PDSH_WORD = re.compile(r"%[hnu%]")
@@ -43,17 +42,17 @@ def _found(text: str, signs: dict[str, str]) -> str | None:
 
 def check_words(command: Sequence[str]) -> None:
     """Refuse a `deepspeed --hostfile` start whose flags would arrive as others. Raises UserError."""
-    if not command or os.path.basename(command[0]) != "deepspeed":
-        return
-    script = next((i for i, word in enumerate(command) if os.path.basename(word) == "train.py"), len(command))
-    launcher = dict(pairwise(part for word in command[1:script] for part in word.split("=", 1)))
-    hostfile = launcher.get("--hostfile") or launcher.get("-H")
-    if hostfile is None or launcher.get("--launcher", "pdsh") != "pdsh" or len(read_hostfile(hostfile)) == 1:
+    hostfile, launcher = hostfile_of(command), launcher_of(command)
+    if (
+        hostfile is None
+        or flag_value(launcher, "--launcher") not in (None, "pdsh")
+        or len(read_hostfile(hostfile)) == 1
+    ):
         return
     problems = [
         f"{word!r} has {problem}, which the shells behind pdsh change: write the flags into a YAML file, and its name "
         "first behind train.py"
-        for word in command[script + 1 :]
+        for word in command[len(launcher) + 1 :]
         if (problem := word_problem(word))
     ]
     if problems:

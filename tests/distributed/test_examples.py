@@ -13,19 +13,10 @@ import yaml
 
 from tests import forked
 from tests.distributed.parity import thinned
-from tests.launch import ROOT, Result, run, run_command
+from tests.launch import ROOT, TINY_LLAMA, Result, run, run_command
 
 EXAMPLES = ROOT / "examples"
 READMES = sorted(EXAMPLES.glob("**/README.md"))
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def commands(readme: Path) -> list[str]:
@@ -246,7 +237,7 @@ def test_fine_tuning_to_a_figure(name, shared_data, tmp_path):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("own_loop")
-    (folder / "model.json").write_text(json.dumps(TINY))
+    (folder / "model.json").write_text(json.dumps(TINY_LLAMA))
     (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(4000)))
     flags = (
         f"--deepspeed_config ds_configs/zero2.json --config_name {folder}/model.json --train_file {folder}/text.txt "

@@ -10,19 +10,10 @@ import pytest
 
 from dstrain.launch.ops import extensions_root
 from tests.cluster import Cluster, build_cluster, why_not
-from tests.launch import Result, run
+from tests.launch import TINY_LLAMA, Result, run
 from tests.tiny_model import save
 
 STEPS = 4
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 # What a user has set on the first host. The data cache is on each host's own disk.
 SET = {
     "DS_ACCELERATOR": "cpu",
@@ -39,7 +30,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     if reason := why_not("pdsh"):
         pytest.skip(reason)
     with build_cluster(tmp_path_factory.mktemp("hosts")) as cluster:
-        (cluster.folder / "model.json").write_text(json.dumps(MODEL))
+        (cluster.folder / "model.json").write_text(json.dumps(TINY_LLAMA))
         (cluster.folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(4000)))
         cluster.hostfile()
         write_env = ["python", "-m", "dstrain.cli", "env", "--hostfile", str(cluster.folder / "hostfile")]

@@ -9,18 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.parity import thinned
-from tests.launch import ROOT, TRAIN, Result, children_cpu_s, environment, run_command
+from tests.launch import ROOT, TINY_LLAMA, TRAIN, Result, children_cpu_s, environment, run_command
 
 STEPS = 4
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 ACCELERATE_CONFIG = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: DEEPSPEED
@@ -53,7 +44,7 @@ def test_readme_names_every_start():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("starts")
-    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "model.json").write_text(json.dumps(TINY_LLAMA))
     (folder / "accelerate.yaml").write_text(ACCELERATE_CONFIG.format(root=ROOT))
     (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(4000)))
     return folder

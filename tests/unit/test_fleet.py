@@ -15,7 +15,7 @@ import pytest
 
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch import fleet, processes, supervise, sweep
-from dstrain.launch.cli import find_run_folder, find_script
+from dstrain.launch.words import find_run_folder
 from tests.distributed import parity
 from tests.launch import ROOT
 
@@ -55,9 +55,7 @@ class Hosts:
         if smaller is not None:
             smaller_file = str(self.folder / "smaller.json")
             Path(smaller_file).write_text(json.dumps(smaller))
-        place = fleet.build_place(
-            command, find_script(command), find_run_folder(command), self.said.append, smaller_file
-        )
+        place = fleet.build_place(command, find_run_folder(command), self.said.append, smaller_file)
         assert isinstance(place, fleet.Fleet)
         return place
 
@@ -143,7 +141,7 @@ def test_what_else_chooses_hosts_is_refused(hosts, flag):
 
 def test_a_smaller_configuration_needs_hosts(tmp_path):
     with pytest.raises(UserError, match="several hosts"):
-        fleet.build_place(["torchrun", "train.py"], 1, tmp_path, print, "ds.json")
+        fleet.build_place(["torchrun", "train.py"], tmp_path, print, "ds.json")
 
 
 def test_hosts_that_are_left_behind_are_not_waited_for(hosts):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.errors import ExitCode, UserError
-from dstrain.launch.cli import find_run_folder
 from dstrain.launch.supervise import FINAL
+from dstrain.launch.words import find_run_folder
 from dstrain.monitor.metrics import append_missing_summary, read_metrics
 from dstrain.run_lock import RunLock
 

@@ -1,9 +1,6 @@
 """The facts of all hosts at once, and the quick part of the checks, which `dstrain launch` makes before a start."""
 
-import argparse
-import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +10,7 @@ from dstrain.errors import UserError
 from dstrain.launch.asking import module_command
 from dstrain.launch.doctor.verdicts import Problem, compare, judge_host, judge_names, merge
 from dstrain.launch.hosts import Answer, Host, ask_all, is_this_host, read_hostfile
+from dstrain.launch.words import hostfile_of
 
 QUICK_S, THOROUGH_S = 20.0, 25.0
 
@@ -37,15 +35,10 @@ def preflight(hosts: Sequence[Host], output_dir: Path) -> list[str]:
 
 def check_start(command: Sequence[str], output_dir: Path) -> None:
     """`preflight` of `deepspeed --hostfile F ...` over several hosts; another command passes. Raises UserError."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-H", "--hostfile")
-    for chooses_hosts in ("-i", "--include"), ("-e", "--exclude"), ("--num_nodes",), ("--no_ssh",):
-        parser.add_argument(*chooses_hosts, dest="others", nargs="?", const="")
-    words = list(itertools.takewhile(lambda word: not word.endswith(".py"), command))
-    launcher, _ = parser.parse_known_args(words)
-    if os.path.basename(command[0]) != "deepspeed" or launcher.hostfile is None or launcher.others is not None:
+    hostfile = hostfile_of(command)
+    if hostfile is None:
         return
-    hosts = read_hostfile(launcher.hostfile)
+    hosts = read_hostfile(hostfile)
     if all(is_this_host(host.name) for host in hosts):
         return
     if problems := preflight(hosts, output_dir):
