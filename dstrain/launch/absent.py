@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from dstrain.errors import ExitCode
+from dstrain.launch.processes import command_line
 from dstrain.parallel import Launch
 from dstrain.resilience.exits import exit_now
 
@@ -83,6 +84,5 @@ def _processes() -> dict[int, Process]:
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile
             parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            found[int(entry.name)] = (int(parent), words)
+            found[int(entry.name)] = (int(parent), command_line(int(entry.name)))
     return found

@@ -38,6 +38,11 @@ def descendants(pid: int | None = None) -> list[int]:
     return [p for p in found if p not in zombies]
 
 
+def command_line(pid: int) -> list[str]:
+    """The words that a process was started with; [] of a zombie. Raises OSError for one that has ended."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+
+
 def names(pids: Iterable[int]) -> list[str]:
     """The programs that run in these processes, by the kernel's short names."""
     found = []

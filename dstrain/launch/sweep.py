@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dstrain.launch import processes
+from dstrain.launch.words import flag_value
 
 _NODE_LAUNCHER = "deepspeed.launcher.launch"
 _POLL_S = 0.2
@@ -41,20 +42,12 @@ def role_of(words: Sequence[str], cwd: Path, script: str, output_dir: Path) -> s
     The supervisor and the launchers that a user starts carry the same flags, but name another program first.
     """
     program = next((i for i, word in enumerate(words) if i > 0 and not word.startswith("-")), None)
-    if program is None or _output_dir(words, cwd) != output_dir:
+    folder = flag_value(words, "--output_dir")
+    if program is None or folder is None or (cwd / folder).resolve() != output_dir:
         return None
     if words[program] == _NODE_LAUNCHER:
         return "launcher"
     return "rank" if os.path.basename(words[program]) == script else None
-
-
-def _output_dir(words: Sequence[str], cwd: Path) -> Path | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == "--output_dir":
-            return (cwd / following).resolve()
-        if word.startswith("--output_dir="):
-            return (cwd / word.split("=", 1)[1]).resolve()
-    return None
 
 
 def find(script: str, output_dir: Path) -> dict[int, str]:
@@ -64,7 +57,7 @@ def find(script: str, output_dir: Path) -> dict[int, str]:
         try:
             if entry.stat().st_uid != os.getuid():
                 continue
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            words = processes.command_line(int(entry.name))
             role = role_of(words, (entry / "cwd").resolve(strict=True), script, output_dir)
         except OSError:  # it ended meanwhile
             continue

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from dstrain.arguments import parse_arguments
@@ -23,9 +24,8 @@ def find_run_folder(command: Sequence[str]) -> Path:
     script = find_script(command)
     if script is not None and os.path.basename(command[script]) in SCRIPTS:
         return Path(parse_arguments(list(command[script + 1 :])).run.output_dir)
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word == "--output_dir":
-            return Path(following)
+    if folder := flag_value(command, "--output_dir"):
+        return Path(folder)
     raise UserError(
         "the command names neither dstrain/train.py nor --output_dir: write for example "
         "dstrain launch -- torchrun --nproc_per_node 2 dstrain/train.py ..."
@@ -47,7 +47,7 @@ def hostfile_of(command: Sequence[str]) -> str | None:
 def flag_value(words: Sequence[str], *names: str) -> str | None:
     """The last value that one of the flags has: `NAME VALUE` or `NAME=VALUE`."""
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         if word in names:
             found = following
         elif word.split("=")[0] in names:

@@ -15,7 +15,7 @@ import pytest
 
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch import fleet, processes, supervise, sweep
-from dstrain.launch.words import find_run_folder
+from dstrain.launch.words import find_run_folder, flag_value
 from tests.distributed import parity
 from tests.launch import ROOT
 
@@ -221,3 +221,9 @@ def test_the_runner_kills_by_pattern():
     _, kill_command, _ = multinode_runner.PDSHRunner(args, "e30=").get_cmd({}, {"a": [0], "b": [0]})
     assert kill_command[-2] == "pkill -f "
     assert kill_command[-1].endswith("deepspeed.launcher.launc") and "/data/run" not in kill_command[-1]
+
+
+def test_the_last_value_of_a_flag_counts():
+    assert flag_value([], "--a") is None and flag_value(["--b", "1"], "--a") is None
+    assert flag_value(["--a", "1", "-a=2", "--a=3"], "-a", "--a") == "3"
+    assert flag_value(["--a"], "--a") == ""

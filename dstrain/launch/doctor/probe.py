@@ -161,11 +161,13 @@ def _left_behind() -> dict[str, Any]:
 
 
 def _processes() -> list[int]:
+    from dstrain.launch.processes import command_line
+
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            own = entry.stat().st_uid == os.getuid() and "python" in os.path.basename(words[0])
+            words = command_line(int(entry.name))
+            own = bool(words) and entry.stat().st_uid == os.getuid() and "python" in os.path.basename(words[0])
         except OSError:  # it ended meanwhile
             continue
         if own and any(word.endswith(_RANKS) for word in words[1:5]):
