@@ -153,6 +153,9 @@ class RunArguments:
         ["report"],
         choices=("report", "none"),
     )
+    co2_country: str | None = flag(
+        "report the CO2 of the energy that is counted, for this country's grid: three letters, such as DEU"
+    )
     local_rank: int = flag("set by launchers", -1)
 
 

@@ -44,6 +44,8 @@ def begin(run: Run, quiet: Any, lock: RunLock) -> None:
     notes += [("notice", notice) for notice in [lock.notice] if notice]
     notes += [("memory_limit", problem) for problem in run.foresight.problems]
     notes += [("skipped_rows", text) for text in run.data.notices]
+    if run.args.run.co2_country and not distributed.sum_over_ranks([float(run.monitor.energy.has_reading)])[0]:
+        notes.append(("notice", "--co2_country: nothing here counts energy (docs/planner.md), so there will be no CO2"))
     if run.launch.is_main:
         print("\n".join(filter(None, [describe(run.data.facts), run.foresight.describe()])), file=screen())
     for name, text in notes:

@@ -17,6 +17,7 @@ from dstrain.best import Best
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
 from dstrain.launch.swap import SwapFolders
+from dstrain.monitor.energy import grid_kg_per_kwh
 from dstrain.parallel import Launch, check_master_port
 from dstrain.run import Run, Startup
 from dstrain.run_folder import RunFolder, missing_packages
@@ -42,6 +43,8 @@ def read_configuration(args: Arguments) -> Configuration:
     try:
         folder.check_usable(overwrite=run.overwrite_output_dir, resume=run.resume_from_checkpoint)
         stored = {} if run.overwrite_output_dir else folder.read()
+        if run.co2_country is not None:
+            grid_kg_per_kwh(run.co2_country)
     except UserError as error:
         problems += error.problems
     if run.export not in (None, "auto") and is_taken(Path(run.export)):

@@ -247,15 +247,18 @@ class Run:
                 self.folder.update(sample={"prompt": prompt, "text": text})
                 print(f"A sample, continuing {prompt!r}:\n{printable(text)}", file=screen())
 
-    def _energy_kwh(self) -> float | None:
+    def _energy(self) -> dict[str, float | None]:
         """Of all meters of all hosts, since this start; None without a meter. A collective."""
         from dstrain import distributed
-        from dstrain.monitor.energy import JOULES_PER_KWH
+        from dstrain.monitor.energy import JOULES_PER_KWH, grid_kg_per_kwh
 
         meter = self.monitor.energy
         meter.sample()
         joules, meters = distributed.sum_over_ranks([meter.joules, float(meter.has_reading)])
-        return joules / JOULES_PER_KWH if meters else None
+        energy = joules / JOULES_PER_KWH if meters else None
+        if (country := self.args.run.co2_country) is None:
+            return {"energy_kwh": energy}
+        return {"energy_kwh": energy, "co2_kg": None if energy is None else energy * grid_kg_per_kwh(country)}
 
     def _compare_with_prediction(self) -> None:
         """A collective."""
@@ -267,7 +270,7 @@ class Run:
         measured = self.foresight.compare(
             device, self.monitor.train_lines, self.checkpoint_bytes, swapped_bytes(self.resolved)
         )
-        measured["energy_kwh"] = self._energy_kwh()
+        measured |= self._energy()
         if self.launch.is_main:
             self.folder.update(measured=measured)
             if text := self.foresight.describe_comparison(measured, on_cpu=device.type == "cpu"):

@@ -54,8 +54,12 @@ def _result(manifest: Manifest, lines: list[dict[str, Any]], facts: dict[str, An
             found["tokens read"] = own[-1]["tokens_total"]
         if own and kind == "eval":
             found["perplexity"] = own[-1]["perplexity"]
-    if (energy := facts.get("measured", {}).get("energy_kwh")) is not None:
+    measured = facts.get("measured", {})
+    if (energy := measured.get("energy_kwh")) is not None:
         found["energy, kWh (hardware counters, last start)"] = energy
+    if (co2 := measured.get("co2_kg")) is not None:
+        country = facts["arguments"]["co2_country"]
+        found[f"CO2, kg (that energy, mean of the grid of {country} by codecarbon)"] = co2
     return found
 
 

@@ -1,6 +1,7 @@
 """The energy of a run, where the machine has a meter: NVML's of an NVIDIA GPU, RAPL's of the processor packages.
 
 Both are counters of the hardware; nothing is estimated from a data sheet. What others do on the same host is in them.
+CO2 is that energy times what codecarbon's table says of a country's grid.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from dstrain.errors import UserError
 
 JOULES_PER_KWH = 3.6e6
 RAPL = Path("/sys/class/powercap")
@@ -84,3 +87,20 @@ def _gpu_counter(device: Any) -> Counter | None:
         return Counter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
     except pynvml.NVMLError:
         return None
+
+
+def grid_kg_per_kwh(country: str) -> float:
+    """kg of CO2 equivalents for a kWh of this country's grid, the mean of a year (by codecarbon, which names it).
+
+    country: ISO 3166's three letters. Raises UserError without codecarbon, and for a country that is not in its table.
+    """
+    try:
+        from codecarbon.input import DataSource
+    except ImportError:
+        raise UserError("--co2_country needs the package codecarbon: pip install 'dstrain[co2]'") from None
+    grids = DataSource().get_global_energy_mix_data()
+    if country not in grids:
+        raise UserError(
+            f"--co2_country {country}: no grid of that name is known: write ISO 3166's three letters, such as DEU"
+        )
+    return grids[country]["carbon_intensity"] / 1000

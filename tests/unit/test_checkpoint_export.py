@@ -67,11 +67,11 @@ def test_the_card_has_the_numbers_of_the_run(tmp_path):
         assert row in alone
     assert "| tokens read | 99 |" in alone and "DeepSpeed configuration" not in alone
     run_json = {
-        "arguments": {"model_name_or_path": "org/base"},
+        "arguments": {"model_name_or_path": "org/base", "co2_country": "DEU"},
         "data": {"source": "a|b.txt", "num_tokens": 7},
         "identity": {"seed": 42, "global_batch": 8},
         "deepspeed_config": {"train_batch_size": 8},
-        "measured": {"energy_kwh": 0.25},
+        "measured": {"energy_kwh": 0.25, "co2_kg": 0.125},
     }
     (tmp_path / "run.json").write_text(json.dumps(run_json))
     card = (export(path, tmp_path / "whole") / "README.md").read_text()
@@ -80,6 +80,7 @@ def test_the_card_has_the_numbers_of_the_run(tmp_path):
         "| source | a\\|b.txt |",
         "| global batch | 8 |",
         "last start) | 0.25 |",
+        "grid of DEU by codecarbon) | 0.125 |",
         '"train_batch_size": 8',
         "```",
     ):

@@ -1,7 +1,9 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from dstrain.errors import UserError
 from dstrain.monitor import energy
 from dstrain.monitor.energy import Counter, EnergyMeter, build_energy_meter, package_counters
 
@@ -33,3 +35,16 @@ def test_packages_are_added_and_their_parts_are_not(tmp_path, monkeypatch):
     first.sample()
     assert first.joules == pytest.approx(100.0) and first.has_reading
     assert not other.has_reading
+
+
+def test_a_grid_is_codecarbons_and_an_unknown_one_is_refused():
+    pytest.importorskip("codecarbon", reason="the extra co2 is not installed")
+    assert 0.01 < energy.grid_kg_per_kwh("FRA") < energy.grid_kg_per_kwh("DEU") < energy.grid_kg_per_kwh("POL") < 1.5
+    with pytest.raises(UserError, match=r"--co2_country GER: .*such as DEU"):
+        energy.grid_kg_per_kwh("GER")
+
+
+def test_without_codecarbon_no_grid(monkeypatch):
+    monkeypatch.setitem(sys.modules, "codecarbon.input", None)
+    with pytest.raises(UserError, match=r"pip install 'dstrain\[co2\]'"):
+        energy.grid_kg_per_kwh("DEU")
