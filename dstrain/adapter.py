@@ -5,7 +5,7 @@ Without torch and without peft, so that a wrong flag is refused at once.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,17 @@ def _from_file(file: str) -> dict[str, Any]:
             f"--peft_config {file}: init_lora_weights is {values['init_lora_weights']!r}: write true or gaussian, "
             "whose weights are a function of the seed alone"
         )
-    for name in sorted(values.keys() - {*_TAKEN, *_LEFT_OUT}):
-        if values[name] not in (None, False, "none", [], {}):
-            problems.append(f"--peft_config {file}: {name} {values[name]!r} is not supported: leave it out")
+    for name in unknown_settings(values):
+        problems.append(f"--peft_config {file}: {name} {values[name]!r} is not supported: leave it out")
     if problems:
         raise UserError(problems)
     return {name: values[name] for name in _TAKEN if values.get(name) is not None}
+
+
+def unknown_settings(values: Mapping[str, Any], known: Collection[str] = ()) -> list[str]:
+    """The names in an adapter_config.json that ask for something beyond LoRA's two matrices, and beyond `known`."""
+    names = sorted(values.keys() - {*_TAKEN, *_LEFT_OUT, *known})
+    return [name for name in names if values[name] not in (None, False, "none", [], {})]
 
 
 def is_adapter(name: str) -> bool:

@@ -11,8 +11,8 @@ import transformers.generation.utils
 import transformers.modeling_utils
 import transformers.models.llama.modeling_llama
 
-import dstrain.checkpoint.adapter_export
 import dstrain.checkpoint.manager
+import dstrain.checkpoint.peft_folder
 import dstrain.data.build
 import dstrain.data.loader
 import dstrain.engine

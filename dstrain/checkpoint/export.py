@@ -20,12 +20,19 @@ from typing import Any
 import torch
 
 from dstrain.arguments import is_taken
-from dstrain.checkpoint.adapter_export import ADAPTER_CONFIG, base_of, write_adapter, write_merged
 from dstrain.checkpoint.card import build_card
 from dstrain.checkpoint.commit import MODEL_FILES
 from dstrain.checkpoint.files import Entry, write_bytes, write_safetensors
 from dstrain.checkpoint.manager import choose_checkpoint
 from dstrain.checkpoint.manifest import find_problems, read_manifest
+from dstrain.checkpoint.peft_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    is_peft_folder,
+    write_adapters,
+    write_merged,
+)
 from dstrain.checkpoint.reshape import CheckpointReader
 from dstrain.errors import UserError
 
@@ -51,7 +58,7 @@ def model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def holds_adapters(checkpoint: Path) -> bool:
-    return (checkpoint / MODEL_FILES / ADAPTER_CONFIG).is_file()
+    return is_peft_folder(checkpoint / MODEL_FILES)
 
 
 def export(
@@ -90,13 +97,16 @@ def export(
     try:
         shutil.copytree(checkpoint / MODEL_FILES, temporary)
         reader = CheckpointReader(checkpoint)
-        if merge:
-            base, sha256 = base or base_of(temporary), manifest.contents["identity"]["base"]
-            write_merged(_entries(reader, torch.float32), temporary, base, sha256, target, max_shard_bytes)
-        elif adapted:
+        if adapted:
             for name in BASE_FILES:
                 (temporary / name).unlink(missing_ok=True)
-            write_adapter(_entries(reader, target), temporary)
+            # Masters have more digits than the adapters that training computed with: they are what is merged.
+            entries = _entries(reader, torch.float32 if merge else target)
+            write_adapters(entries, temporary, manifest.contents["identity"]["base"])
+            if merge:
+                write_merged(temporary, temporary, base or base_of(temporary), target, max_shard_bytes)
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                    (temporary / name).unlink()
         else:
             _set_dtype(temporary / "config.json", target)
             _write_weights(reader, temporary, target, max_shard_bytes)

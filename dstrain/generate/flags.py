@@ -9,14 +9,17 @@ from typing import Any
 from dstrain.arguments import DataArguments, is_taken, parse_arguments
 from dstrain.errors import UserError
 
-_MODEL_FLAGS = ("tokenizer_name", "chat_template", "attn_implementation", "dtype", "trust_remote_code")
+_MODEL_FLAGS = ("tokenizer_name", "chat_template", "attn_implementation", "dtype", "trust_remote_code", "base_model")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it: what `load_named` reads."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a run folder, a step_* folder, a Hugging Face folder or a hub name"
+        "model",
+        metavar="MODEL",
+        help="a run folder, a step_* folder, a Hugging Face folder, one of peft's adapters, or a hub name",
     )
+    parser.add_argument("--base_model", help="of adapters: where their base is now, if not as in training")
     parser.add_argument("--tokenizer_name", help="default: the model's own")
     parser.add_argument("--chat_template", help="Jinja file (or its text), in place of the tokenizer's own")
     parser.add_argument("--attn_implementation", help="attention kernel: eager, sdpa")

@@ -1,10 +1,11 @@
-"""A model to ask: of a run folder, a checkpoint of any layout, a Hugging Face folder or the hub."""
+"""A model to ask: of a run folder, a checkpoint of any layout, a folder of Hugging Face or of peft, or the hub."""
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -14,6 +15,7 @@ from dstrain import distributed
 from dstrain.arguments import ModelArguments
 from dstrain.checkpoint.export import DTYPES, export, find_checkpoint, holds_adapters
 from dstrain.checkpoint.manifest import read_manifest
+from dstrain.checkpoint.peft_folder import adapter_dtype, base_of, is_peft_folder, write_merged
 from dstrain.data.chats import ChatRenderer
 from dstrain.data.tokenization import TextEncoder, build_tokenizer, num_token_ids
 from dstrain.errors import UserError
@@ -73,12 +75,14 @@ def load(
     attn_implementation: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    base_model: str | None = None,
 ) -> LoadedModel:
     """Load a model on this rank's device; a collective where there is a process group. Raises UserError.
 
-    name: a run folder (its newest checkpoint), a step_* folder, a Hugging Face folder or a hub name. A checkpoint is
-    written as a Hugging Face folder for the moment, once on each host, adapters merged into their base. dtype: a name
-    of `DTYPES`; None: as stored.
+    name: a run folder (its newest checkpoint), a step_* folder, a Hugging Face folder, one of peft's adapters or a hub
+    name. A checkpoint, and adapters merged into their base, are written as a Hugging Face folder for the moment, once
+    on each host. dtype: a name of `DTYPES`; None: as stored. base_model: where the base of adapters is now, if not as
+    in training.
     """
     margs = ModelArguments(
         model_name_or_path=name,
@@ -87,16 +91,29 @@ def load(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    checkpoint = _find(name)
-    if checkpoint is None:
+    write: Callable[[Path], Any]
+    if is_peft_folder(Path(name)):
+        own = (Path(name) / "tokenizer_config.json").is_file()
+        margs = replace(margs, tokenizer_name=tokenizer_name or (name if own else base_model or base_of(Path(name))))
+        write, block_size = partial(_merge, Path(name), base_model, dtype, trust_remote_code), None
+    elif (checkpoint := _find(name)) is not None:
+        write = partial(export, checkpoint, merge=holds_adapters(checkpoint), base=base_model)
+        name, block_size = str(checkpoint), read_manifest(checkpoint).contents.get("identity", {}).get("block_size")
+    elif base_model:
+        raise UserError(f"{name} is a whole model, and no adapters to merge: leave --base_model out")
+    else:
         return _load(margs, dtype, name, None)
-    block_size = read_manifest(checkpoint).contents.get("identity", {}).get("block_size")
     with tempfile.TemporaryDirectory(prefix="dstrain_model_") as scratch:
-        folder = _export_on_host(checkpoint, Path(scratch, "model"))
-        margs = ModelArguments(**{**vars(margs), "model_name_or_path": folder})
-        loaded = _load(margs, dtype, str(checkpoint), block_size)
+        folder = _write_on_host(write, Path(scratch, "model"))
+        loaded = _load(replace(margs, model_name_or_path=folder), dtype, name, block_size)
         distributed.barrier()  # the others of this host read there too
         return loaded
+
+
+def _merge(folder: Path, base: str | None, dtype: str | None, trust_remote_code: bool, out: Path) -> None:
+    """In the type of the adapters, which is that of their training where dstrain wrote them."""
+    wanted = DTYPES[dtype] if dtype else adapter_dtype(folder)
+    write_merged(folder, out, base or base_of(folder), wanted, trust_remote_code=trust_remote_code)
 
 
 def _find(name: str) -> Path | None:
@@ -110,17 +127,17 @@ def _find(name: str) -> Path | None:
         return find_checkpoint(name)
     except UserError:
         raise UserError(
-            f"{name} holds neither a complete checkpoint nor a config.json: name a run folder, a step_* folder, "
-            "a Hugging Face folder or a hub name"
+            f"{name} holds neither a complete checkpoint nor a config.json or adapter_config.json: name a run folder, "
+            "a step_* folder, a folder of Hugging Face or of peft, or a hub name"
         ) from None
 
 
-def _export_on_host(checkpoint: Path, out: Path) -> str:
-    """Where the first process of this host has written the checkpoint. Raises UserError, on every rank."""
+def _write_on_host(write: Callable[[Path], Any], out: Path) -> str:
+    """Where the first process of this host has written the model. Raises UserError, on every rank."""
     launch, problems = Launch.from_environment(), []
     if launch.is_main_on_host:
         try:
-            export(checkpoint, out, merge=holds_adapters(checkpoint))
+            write(out)
         except UserError as error:
             problems = error.problems
     found = distributed.gather_objects((problems, str(out)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dstrain import cli
 from dstrain.adapter import is_adapter
 from dstrain.checkpoint.export import export
 from dstrain.checkpoint.manifest import read_manifest
@@ -73,8 +74,20 @@ def test_exports_give_the_same_logits_beside_and_in_the_base(zero3, base, tmp_pa
     assert torch.equal(ad.logits(asked), ad.logits(merged))
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     other = ad.write_base(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="other has other weights than the model of these adapters"):
-        export(checkpoint, tmp_path / "wrong", merge=True, base=str(other))
+    for name in (str(result.run_dir), str(result.run_dir / "export")):
+        with pytest.raises(UserError, match="other has other weights than the model of these adapters"):
+            load(name, base_model=str(other))
+
+
+def test_the_exported_adapters_are_evaluated_as_the_checkpoint(zero3, tmp_path, capfd):
+    argv, result = zero3
+    ask = ("--task", "perplexity", "--data_file", argv[argv.index("--train_file") + 1], "--block_size", "32")
+    found = []
+    for name in (result.run_dir, result.run_dir / "export"):
+        assert cli.main(["evaluate", str(name), *ask]) == 0
+        found.append(json.loads(capfd.readouterr().out.splitlines()[-1])["metrics"])
+    assert found[0] == found[1]
+    assert torch.equal(*(ad.logits(load(str(name)).model) for name in (result.run_dir, result.run_dir / "export")))
 
 
 def test_a_pipeline_goes_on_from_it_and_gives_the_same_curve(zero3, base, tmp_path):
