@@ -4,19 +4,24 @@ dstrain plan --config_name examples/llama_10m.json --block_size 512 --device cpu
 dstrain plan --config_name llama_70b.json --block_size 8192 --hosts 2 --devices_per_host 8 --device h100-80g --write F
 dstrain plan --config_name llama_8b.json --block_size 8192 --deepspeed_config ds_configs/zero2.json --device h200
 dstrain plan --config_name llama_8b.json --block_size 8192 --device h200 --hostfile hostfile
+dstrain plan --model_name_or_path M --lora_rank 16 --block_size 2048 --device h200
 
 The device does not need to be there: `cpu` is measured, the others are named. The last line of `--json` is JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from dstrain.arguments import ModelArguments, is_taken
+from dstrain.arguments import ModelArguments, is_taken, parse_arguments
 from dstrain.config.load import apply_overrides, load_config
 from dstrain.errors import ExitCode, UserError
+
+_MODEL_FLAGS = ("config_name", "model_name_or_path", "config_overrides", "attn_implementation", "trust_remote_code",
+                "tiled_mlp")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fused",
         help="fused: dstrain's; model: the model's own, with whole logits, as other trainers take it",
     )
+    adapters = parser.add_argument_group("adapters beside a pretrained model")
+    for f in _adapter_fields():
+        adapters.add_argument(f"--{f.name}", action="append", help=f.metadata["help"])
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", default="cpu", help="cpu (measured), h100-80g, h200, a100-80g, a100-40g, l40s")
     machine.add_argument("--hosts", type=int, default=1)
@@ -48,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--write", metavar="F", help="write the best as a DeepSpeed JSON")
     output.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     output.add_argument("--rows", type=int, default=12, help="rows of the table (default: 12)")
+
+
+def _adapter_fields() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(ModelArguments) if f.name.startswith("lora_") or f.name == "peft_config"]
+
+
+def _model_arguments(args: argparse.Namespace) -> ModelArguments:
+    """Through train.py's own parser. Raises UserError."""
+    words = []
+    for name in (*_MODEL_FLAGS, *(f.name for f in _adapter_fields())):
+        value = getattr(args, name)
+        words += [f"--{name}={one}" for one in (value if isinstance(value, list) else [value]) if one]
+    return parse_arguments(words).model
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,12 +81,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--set changes a --deepspeed_config: name one")
     if args.write and is_taken(Path(args.write)):
         raise UserError(f"--write {args.write} is there already: name a new file")
+    margs = _model_arguments(args)
     from dstrain.models.config import check_block_size, load_model_config
     from dstrain.planner.memory import Flags
     from dstrain.planner.strategy import Planner
 
-    names = ("config_name", "model_name_or_path", "config_overrides", "attn_implementation", "trust_remote_code")
-    margs = ModelArguments(**{name: getattr(args, name) for name in names}, tiled_mlp=args.tiled_mlp)
     config = load_model_config(margs)
     check_block_size(config, args.block_size)
     cluster = _find_cluster(args)
@@ -76,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         attn_implementation=args.attn_implementation,
         saves_on_the_way=True,
         loss=args.loss,
+        adapter=json.dumps(margs.adapter) if margs.adapter else None,
     )
     planner = Planner(config, margs, cluster, flags, args.precision)
     return _predict(args, planner, flags) if args.deepspeed_config else _choose(args, planner)
@@ -156,6 +177,7 @@ def _setting(planner: Any) -> dict[str, Any]:
     return {
         "model_type": planner.config.model_type,
         "num_parameters": planner.shape.num_parameters,
+        "num_trainable_parameters": planner.shape.num_trained,
         "block_size": planner.flags.block_size,
         "loss": planner.flags.loss,
         "hosts": cluster.hosts,

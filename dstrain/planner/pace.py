@@ -18,14 +18,14 @@ MOST_TOKENS, MOST_VOCABULARY = 512, 2048
 
 def sample_of(config: Any, setting: Setting) -> tuple[Any, Setting]:
     """One layer of a model, at most `MOST_TOKENS` tokens and `MOST_VOCABULARY` words: the run's own types, attention
-    and checkpointing. What `trace_once` says of it is what the rates promise."""
+    and checkpointing, without adapters. What `trace_once` says of it is what the rates promise."""
     config = of_depth(config, 1)
     text = config.get_text_config()
     text.vocab_size = min(text.vocab_size, MOST_VOCABULARY)
     text.pad_token_id = None  # may lie beyond
     micro_batch = max(1, min(setting.micro_batch, MOST_TOKENS // setting.seq_len))
     seq_len = min(setting.seq_len, MOST_TOKENS)
-    return config, replace(setting, micro_batch=micro_batch, seq_len=seq_len, tp_size=1)
+    return config, replace(setting, micro_batch=micro_batch, seq_len=seq_len, tp_size=1, adapter=None)
 
 
 def seconds_of_sample(config: Any, setting: Setting, rounds: int = 3) -> float:

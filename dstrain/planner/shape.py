@@ -12,6 +12,7 @@ from torch import nn
 
 from dstrain.arguments import ModelArguments
 from dstrain.engine import decoder_layers
+from dstrain.errors import UserError
 from dstrain.models.adapters import inject, lora_layers, trained
 from dstrain.models.build import build_skeleton
 from dstrain.models.pipeline import plan_stages
@@ -102,7 +103,7 @@ class ModelShape:
     def parts(self, placement: PipePlacement = WHOLE, tp_size: int = 1) -> list[Part]:
         """One per pipeline rank.
 
-        Raises NotAChainError for a model that cannot be cut so.
+        Raises NotAChainError for a model that cannot be cut so, UserError for a stage that would have nothing to train.
         """
         key = (placement, tp_size)
         if key not in self._parts:
@@ -122,9 +123,12 @@ class ModelShape:
             stages = placement.stages(rank)
             held = frozenset[str]().union(*(names[k] for k in stages))
             whole = tuple(sizes[name] for name in held)
+            own = tuple(size for name, size in self.adapters if name in held)
+            if self.adapter and not own:
+                raise UserError("a pipeline stage has no layer with an adapter")
             found.append(
                 Part(
-                    sizes=tuple(size for name, size in self.adapters if name in held) or whole,
+                    sizes=own or whole,
                     frozen=whole if self.adapter else (),
                     layer=layer,
                     num_layers=sum(bounds[k + 1] - bounds[k] for k in stages),

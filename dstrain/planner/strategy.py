@@ -157,7 +157,11 @@ class Planner:
 
     def resolve(self, deepspeed: dict[str, Any], flags: Flags, source: str = "the plan") -> ResolvedConfig:
         """The configuration in this cluster. Raises UserError."""
-        facts = RunFacts(source=source, gradient_checkpointing=flags.gradient_checkpointing)
+        facts = RunFacts(
+            source=source,
+            gradient_checkpointing=flags.gradient_checkpointing,
+            adapters=flags.adapter is not None,
+        )
         resolved = resolve_config(deepspeed, world_size=self.cluster.world_size, facts=facts)
         check_sequence_parallel(self.config, resolved.parallel)
         return resolved.with_facts(

@@ -67,8 +67,10 @@ def _gib(value: float | None) -> str:
 def _title(setting: dict[str, Any]) -> str:
     device, network = setting["device"], setting["network"]
     links = f", network {network['network'] / 1e6:,.0f} MB/s" if setting["hosts"] > 1 else ""
+    whole, trained = setting["num_parameters"], setting["num_trainable_parameters"]
+    adapters = f" ({trained / 1e6:.3g} million trained)" if trained < whole else ""
     return (
-        f"{setting['model_type']} of {setting['num_parameters'] / 1e9:.3g} billion parameters, blocks of "
+        f"{setting['model_type']} of {whole / 1e9:.3g} billion parameters{adapters}, blocks of "
         f"{setting['block_size']}, {setting['hosts']} x {setting['devices_per_host']} {device['name']} "
         f"({device['memory_gib']:.1f} GiB; {device['source']}{links})"
     )

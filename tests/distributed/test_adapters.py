@@ -47,6 +47,16 @@ def test_zero3_equals_plain_peft(zero3):
     assert facts["num_parameters"] == whole + facts["num_trainable_parameters"]
 
 
+def test_plan_said_what_the_run_expected(zero3, capfd):
+    argv, result = zero3
+    named = ("--deepspeed_config", "--model_name_or_path", "--block_size", "--lora_rank", "--lora_alpha")
+    flags = [word for name in named for word in (name, argv[argv.index(name) + 1])]
+    assert cli.main(["plan", *flags, "--devices_per_host", "2", "--json"]) == 0
+    planned, expected = json.loads(capfd.readouterr().out)["prediction"], result.run_json()["prediction"]
+    for name in ("device_gib", "host_gib", "checkpoint_gib", "pinned_gib", "nvme_gib"):
+        assert planned[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
 def test_a_checkpoint_holds_adapters_only(zero3, base):
     _, result = zero3
     folder = result.run_dir / "checkpoints" / f"step_{ad.STEPS:08d}"

@@ -12,15 +12,20 @@ import dstrain.adapter
 from dstrain.adapter import is_adapter
 from dstrain.arguments import ModelArguments, parse_arguments
 from dstrain.checkpoint.manager import _check_base
+from dstrain.cli import main
 from dstrain.config import RunFacts, resolve_config
 from dstrain.errors import UserError
 from dstrain.models.adapters import weights_sha256
 from dstrain.models.build import build_model, load_model_config
 from dstrain.models.flops import active_parameters, flops_per_token
 from dstrain.models.pipeline_build import build_stage
+from dstrain.parallel import PipePlacement
+from dstrain.planner.foresight import predict_run
+from dstrain.planner.hardware import DEVICES
 from dstrain.planner.memory import Flags, predict_memory, setting_of
 from dstrain.planner.platform_costs import CPU
 from dstrain.planner.shape import ModelShape
+from dstrain.planner.strategy import Choice, Cluster, Planner
 from dstrain.planner.tracing import trace_activations
 from dstrain.prepare import read_configuration
 from tests.adapters import write_base
@@ -216,6 +221,38 @@ def test_only_adapters_are_predicted_to_have_gradients_and_moments(margs):
     settings = (setting_of(resolved, Flags(32, adapter=a), on_cpu=True) for a in (json.dumps(margs.adapter), None))
     adapted, whole = (trace(setting) for setting in settings)
     assert 0.6 < adapted.layer.flops / whole.layer.flops < 0.9
+
+
+def test_plan_predicts_what_a_run_does_and_refuses_what_it_refuses(margs):
+    config, flags = load_model_config(margs), Flags(32, adapter=json.dumps(margs.adapter))
+    planner = Planner(config, margs, Cluster(1, 2, DEVICES["h200"]), flags)
+    option = planner.option(Choice(1, "", 1, 2, 1, False, micro_batch=2), 8)
+    run = predict_run(margs, config, option.resolved, flags, 2)
+    for key, value in option.needs.to_json().items():
+        assert run[key] == pytest.approx(value, rel=1e-6), key
+    assert "does not know the layers of adapters" in planner.option(Choice(1, "", 2, 1, 1, False), 8).reason
+
+
+def test_plan_refuses_a_stage_with_nothing_to_train(margs, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0]}))
+    first = replace(margs, lora_rank=None, peft_config=str(path))
+    shape = ModelShape(load_model_config(first), first)
+    assert shape.parts()[0].elements == 2 * 4 * 32
+    with pytest.raises(UserError, match="a pipeline stage has no layer with an adapter"):
+        shape.parts(PipePlacement(pp_size=2))
+
+
+def test_plan_takes_the_flags_of_train(margs, tmp_path, capfd):
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 4, "optimizer": {"type": "AdamW"}}')
+    plan = ["plan", "--model_name_or_path", str(margs.model_name_or_path), "--block_size", "32", "--device", "h200"]
+    plan += ["--deepspeed_config", str(tmp_path / "ds.json")]
+    two = ("--lora_target_modules", "q_proj", "--lora_target_modules", "o_proj")
+    assert main([*plan, "--lora_rank", "4", *two, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["num_trainable_parameters"] == 2 * 2 * 2 * 4 * 32  # layers, modules, matrices
+    assert main([*plan, "--lora_alpha", "4"]) == 2
+    assert "--lora_alpha is for adapters: add --lora_rank" in capfd.readouterr().err
 
 
 def test_another_base_has_another_fingerprint(base, tmp_path):
