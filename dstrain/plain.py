@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dstrain.adapter import is_adapter, peft_name
 from dstrain.arguments import Arguments
 from dstrain.config import ResolvedConfig
 from dstrain.config.reading import class_of
@@ -24,11 +25,13 @@ from dstrain.models.config import load_model_config, max_positions
 
 
 class PlainEngine:
-    """Trains `model` (fp32 or bf16 parameters with fp32 masters) over the whole global batch in this process."""
+    """Trains what of `model` is to be trained (in fp32, or bf16 with fp32 masters) over the whole global batch in this
+    process."""
 
     def __init__(self, model: nn.Module, resolved: ResolvedConfig, label_smoothing: float = 0.0):
         self.model, self.resolved, self.label_smoothing = model, resolved, label_smoothing
-        self.masters = [p.detach().float().clone() for p in model.parameters()]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self.parameters]
         self.optimizer = _build_optimizer(model, self.masters, resolved)
         self.scheduler = _build_scheduler(self.optimizer, resolved)
 
@@ -42,7 +45,7 @@ class PlainEngine:
             loss = self._loss(batch)
             (loss / tokens.clamp(min=1)).backward()
             loss_sum += loss.detach()
-            for total, p in zip(gradients, self.model.parameters(), strict=True):
+            for total, p in zip(gradients, self.parameters, strict=True):
                 if p.grad is not None:
                     total += p.grad.float()
                     p.grad = None
@@ -55,7 +58,7 @@ class PlainEngine:
             master.grad = gradient
         self.optimizer.step()
         with torch.no_grad():
-            for p, master in zip(self.model.parameters(), self.masters, strict=True):
+            for p, master in zip(self.parameters, self.masters, strict=True):
                 p.copy_(master)
         if self.scheduler is not None:
             self.scheduler.step()
@@ -87,7 +90,7 @@ def _build_optimizer(model: nn.Module, masters: list[torch.Tensor], resolved: Re
     """The torch optimizer of the same name over the fp32 masters, with the engine's weight decay groups."""
     kind, params = _torch_optimizer(resolved)
     weight_decay = params.pop("weight_decay", 0.0)
-    of = dict(zip(model.parameters(), masters, strict=True))
+    of = dict(zip((p for p in model.parameters() if p.requires_grad), masters, strict=True))
     groups = [{**group, "params": [of[p] for p in group["params"]]} for group in parameter_groups(model, weight_decay)]
     return getattr(torch.optim, kind)(groups, **params)
 
@@ -122,7 +125,8 @@ def _build_scheduler(optimizer: torch.optim.Optimizer, resolved: ResolvedConfig)
 
 @dataclasses.dataclass(frozen=True)
 class PlainRun:
-    """lines: loss, grad_norm, learning_rate and tokens of each step. before, after: name -> fp32 weight."""
+    """lines: loss, grad_norm, learning_rate and tokens of each step. before, after: name in an export -> fp32 weight of
+    what is trained."""
 
     lines: list[dict[str, float]]
     before: dict[str, Any]
@@ -130,7 +134,7 @@ class PlainRun:
 
 
 def run_plain(args: Arguments, resolved: ResolvedConfig, steps: int) -> PlainRun:
-    """The first steps of the run that `args` asks for, from scratch, with every packed document alone."""
+    """The first steps of the run that `args` asks for, from its beginning, with every packed document alone."""
     config = load_model_config(args.model)
     tokenizer = build_tokenizer(args.model.tokenizer_name, args.model.trust_remote_code, args.model.chat_template)
     data = build_data(
@@ -163,8 +167,9 @@ def run_plain(args: Arguments, resolved: ResolvedConfig, steps: int) -> PlainRun
 
 
 def _named(model: Any, masters: list[Any]) -> dict[str, Any]:
-    """Parameter name -> a copy of its fp32 master."""
-    return {name: m.detach().clone() for (name, _), m in zip(model.named_parameters(), masters, strict=True)}
+    """Name in an export -> a copy of its fp32 master."""
+    names = [peft_name(name) if is_adapter(name) else name for name, p in model.named_parameters() if p.requires_grad]
+    return {name: m.detach().clone() for name, m in zip(names, masters, strict=True)}
 
 
 def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:

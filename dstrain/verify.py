@@ -9,7 +9,6 @@ difference. `--verify` on train.py does the same before it trains. docs/verify.m
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -23,13 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import Arguments, parse_arguments
-from dstrain.config import ResolvedConfig, RunFacts, apply_overrides, load_config, resolve_config
+from dstrain.config import ResolvedConfig
 from dstrain.errors import ExitCode, UserError, VerifyError
 from dstrain.parallel import Launch
-
-# The first two steps of a warm-up change nothing (docs/deepspeed-facts.md): four do, two of them after the resume.
-STEPS, RESUME_AT = 6, 4
-MAX_LAYERS, MAX_MICRO_BATCH, MAX_ACCUMULATION = 4, 2, 2
+from dstrain.shrink import RESUME_AT, STEPS, shrink
 
 Starter = Callable[[list[str], int], int]
 
@@ -94,89 +90,6 @@ def verify(args: Arguments, world_size: int, start: Starter | None = None) -> li
             _run(start, shrunk, world_size, resumed, resume_from_checkpoint=str(checkpoint))
             results += _compare_resumed(lines[RESUME_AT:], _train_lines(resumed), weights, _weights(resumed))
         return results
-
-
-def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, ResolvedConfig]:
-    """The same run with at most `MAX_LAYERS` layers (or one a stage), dropout off, a smaller batch and a schedule whose
-    warm-up is over after two steps. A pretrained model is taken from scratch."""
-    from dstrain.models.config import load_model_config, make_shallow
-
-    _check_named(args)
-    raw = apply_overrides(load_config(args.run.deepspeed_config), args.run.set)
-    facts = RunFacts(
-        source=str(args.run.deepspeed_config),
-        gradient_checkpointing=args.model.gradient_checkpointing,
-        compile=args.model.compile is not None,
-        total_steps=STEPS,
-    )
-    asked = resolve_config(raw, world_size=world_size, facts=facts)
-    raw.pop("train_batch_size", None)
-    raw["train_micro_batch_size_per_gpu"] = min(asked.micro_batch, MAX_MICRO_BATCH)
-    raw["gradient_accumulation_steps"] = min(
-        asked.gradient_accumulation_steps, max(MAX_ACCUMULATION, 2 * asked.parallel.pp_size)
-    )
-    _shorten_schedule(raw)
-    config = load_model_config(args.model)
-    make_shallow(config, max(MAX_LAYERS, asked.placement.num_stages))
-    (scratch / "ds.json").write_text(json.dumps(raw))
-    config.save_pretrained(scratch / "model")
-    source = args.model.model_name_or_path or args.model.config_name or ""
-    tokenizer = args.model.tokenizer_name or ("bytes" if source.endswith(".json") else source)
-    model = dataclasses.replace(
-        args.model,
-        model_name_or_path=None,
-        config_name=str(scratch / "model"),
-        config_overrides=None,
-        tokenizer_name=tokenizer,
-    )
-    run = dataclasses.replace(
-        args.run,
-        deepspeed_config=str(scratch / "ds.json"),
-        set=[],
-        logging_steps=1,
-        eval_steps=None,
-        max_eval_batches=1,
-        max_steps=STEPS,
-        save_steps=RESUME_AT,
-        save_total_limit=None,
-        export=None,
-        eval_strategy="steps",
-        early_stopping_patience=None,
-        early_stopping_threshold=0.0,
-        load_best_model_at_end=False,
-        sample_steps=None,
-        max_time=None,
-        profile=False,
-        verify=False,
-        report_to=["none"],
-        resume_from_checkpoint="none",
-        overwrite_output_dir=False,
-        local_rank=-1,
-    )
-    return Arguments(model, args.data, run), resolve_config(raw, world_size=world_size, facts=facts)
-
-
-def _check_named(args: Arguments) -> None:
-    problems = []
-    if not args.run.deepspeed_config:
-        problems.append("--deepspeed_config is missing: name a DeepSpeed JSON, for example ds_configs/zero2.json")
-    if not (args.model.model_name_or_path or args.model.config_name):
-        problems.append("no model is named: write --model_name_or_path M or --config_name C")
-    if args.model.adapter:
-        problems.append("verify compares whole models: leave the adapters out (docs/adapters.md has their own proof)")
-    if problems:
-        raise UserError(problems)
-
-
-def _shorten_schedule(raw: dict[str, Any]) -> None:
-    """In place: the shortest warm-up, and the end of the schedule at the last step."""
-    scheduler = raw.get("scheduler")
-    if not isinstance(scheduler, dict) or not str(scheduler.get("type")).startswith("Warmup"):
-        return
-    params = scheduler["params"] = dict(scheduler.get("params") or {})
-    params["warmup_num_steps"] = 1
-    if isinstance(params.get("total_num_steps"), int):
-        params["total_num_steps"] = STEPS
 
 
 def _write_flags(path: Path, args: Arguments, **changes: Any) -> list[str]:

@@ -18,6 +18,7 @@ from dstrain.arguments import parse_arguments
 from dstrain.errors import ExitCode, UserError
 from dstrain.verify import Comparison, Starter, first_difference, report, verify
 from tests import forked
+from tests.adapters import write_base
 from tests.distributed.parity import ADAMW, BF16, LLAMA, MODELS, SGD, SGD_CLIPPED, thinned, zero
 
 Patch = Callable[[], None]
@@ -55,7 +56,11 @@ def run_gate(folder: Path, model: dict, config: dict, *flags: str, ranks: int = 
 def _argv(folder: Path, model: dict, config: dict, *flags: str) -> list[str]:
     (folder / "model.json").write_text(json.dumps(model))
     (folder / "ds.json").write_text(json.dumps({**config, "train_batch_size": 4}))
-    argv = ["--deepspeed_config", str(folder / "ds.json"), "--config_name", str(folder / "model.json")]
+    argv = ["--deepspeed_config", str(folder / "ds.json")]
+    if "--lora_rank" in flags:  # beside a pretrained model
+        argv += ["--model_name_or_path", str(write_base(folder / "base"))]
+    else:
+        argv += ["--config_name", str(folder / "model.json")]
     return [*argv, *([] if "--block_size" in flags else ["--block_size", "64"]), *flags]
 
 
@@ -89,6 +94,7 @@ EQUAL = {
     "zero3 bf16": (LLAMA, ADAMW | BF16 | WARMUP | zero(3)),
     "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1) | {"train_micro_batch_size_per_gpu": 1}),
     "sp2 packed": (MODELS["gemma3"], ADAMW | SP2 | zero(1), "--packing"),
+    "lora pp2": (LLAMA, ADAMW | PP2 | zero(1), "--lora_rank", "4", "--lora_dropout", "0.1"),
 }
 
 
@@ -103,6 +109,8 @@ MORE_EQUAL = {
     ),
     "zero3 router loss": (ROUTER, SGD | zero(3) | ONE_ROW),
     "pp2 router loss": (ROUTER, SGD | PP2 | zero(1) | ONE_ROW),
+    "lora zero3 bf16": (LLAMA, ADAMW | BF16 | zero(3), "--lora_rank", "4"),
+    "lora sp2": (LLAMA, SGD | SP2 | zero(1), "--lora_rank", "4", "--lora_target_modules", "q_proj"),
 }
 EQUAL |= MORE_EQUAL
 
@@ -113,7 +121,7 @@ def test_equal(tmp_path, name):
     results = run_gate(tmp_path, model, config, *(documents(tmp_path) if flags else []), *flags)
     assert first_difference(results) is None
     assert {r.bound for r in results if "resumed" in r.what} == {0.0}
-    assert len([r for r in results if r.is_parameter]) >= 21
+    assert len([r for r in results if r.is_parameter]) >= (21 if "lora" not in name else 4)
 
 
 # One repair each, switched off.
@@ -261,6 +269,13 @@ def sixteen_bits_at_stage_0() -> None:
     replace(state, "open_shards", open_shards)
 
 
+def alike_adapters() -> None:
+    """Not a function of the layer's name."""
+    from dstrain.models import adapters
+
+    replace(adapters, "unit_seed", lambda seed, name: seed)
+
+
 UNCLIPPED = {name: value for name, value in SGD.items() if name != "gradient_clipping"}
 STEEP = LLAMA | {"initializer_range": 0.3}  # gradients of a norm above 1
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
@@ -296,11 +311,13 @@ WRONG: dict[str, tuple[dict, dict, Patch, bool, str]] = {
     "same data": (LLAMA, SGD | zero(2), same_data_on_every_rank, False, "loss of step 1"),
     "tensor rows": (LLAMA, SGD | TP2 | zero(1), other_rows_on_the_second_tensor_rank, False, "loss of step 1"),
     "packing": (LLAMA, SGD | zero(1), documents_see_each_other, False, "loss of step 1"),
+    "adapters": (LLAMA, SGD | zero(1), alike_adapters, False, "gradient norm of step 1"),
 }
 
-ONE_RANK = ("zero.Init", "autocast float16", "empty step", "clipping by default", "moments", "schedule", "packing")
-FLAGS = {"mean of means": (), "packing": ("--packing",)}
-SELDOM = ("schedule", "same data", "tensor rows", "packing")
+ONE_RANK = ("zero.Init", "autocast float16", "empty step", "clipping by default", "moments", "schedule", "packing",
+            "adapters")  # fmt: skip
+FLAGS = {"mean of means": (), "packing": ("--packing",), "adapters": ("--lora_rank", "4")}
+SELDOM = ("schedule", "same data", "tensor rows", "packing", "adapters")
 
 
 @pytest.mark.parametrize("name", thinned(list(WRONG), *(name for name in WRONG if name not in SELDOM)))

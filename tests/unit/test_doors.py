@@ -28,7 +28,7 @@ LEVELS = {
     "evaluate": 6.4,  # lets models write
     "launch": 6.5,  # reads what a run left behind
     "planner": 6.6,  # asks hosts for their network
-    **dict.fromkeys(["run_folder", "plain", "best"], 6),
+    **dict.fromkeys(["run_folder", "plain", "best", "shrink"], 6),
     "alike": 6.5,
     **dict.fromkeys(["run", "verify"], 7),
     "begin": 7.5,
