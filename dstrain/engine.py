@@ -20,7 +20,7 @@ from dstrain.errors import UserError
 from dstrain.models.experts import gather_expert_blocks_whole
 from dstrain.models.loss import LossHead, check_loss_head, install_fused_loss, token_loss
 from dstrain.models.sequence import WholeSequences, build_sequence_parallel
-from dstrain.models.tensor import gradient_norm
+from dstrain.models.tensor import gradient_norm, open_adapters
 from dstrain.phases import phase
 
 Batch = dict[str, torch.Tensor]
@@ -200,6 +200,8 @@ def build_engine(
     sequence = build_sequence_parallel(model, resolved.parallel)
     if resolved.zero_stage == 3:
         gather_expert_blocks_whole(model)
+    if resolved.parallel.tp_size > 1:
+        open_adapters(model)
     weight_decay = resolved.deepspeed["optimizer"].get("params", {}).get("weight_decay", 0.0)
     engine, *_ = deepspeed.initialize(
         model=model,

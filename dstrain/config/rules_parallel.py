@@ -114,14 +114,18 @@ def tensor_parallel_head(case: Case) -> Iterator[str | Repair]:
 def tensor_parallel_plan(case: Case) -> Iterator[Repair]:
     if case.dims.tp_size > 1 and case.facts.partition_config and case.get("tensor_parallel.partition_config") is None:
         reason = "derived: the model's own plan without its experts, which AutoTP cannot divide: they stay whole"
+        if case.facts.adapters:
+            reason = "derived: the model's own plan, with the adapters beside its layers and without its experts"
         yield Repair("tensor_parallel.partition_config", case.facts.partition_config, reason)
 
 
 def tensor_parallel_adapters(case: Case) -> Iterator[str]:
-    if case.dims.tp_size > 1 and case.facts.adapters:
+    given = [name for name in ("partition_config", "preset_model") if case.get(f"tensor_parallel.{name}")]
+    derived = case.facts.partition_config is not None
+    if case.dims.tp_size > 1 and case.facts.adapters and given and not derived:
         yield (
-            "tensor_parallel.autotp_size above 1 does not know the layers of adapters: use zero_optimization.stage 3, "
-            "pipeline.stages or sequence_parallel_size, or leave --lora_rank or --peft_config out"
+            f"tensor_parallel.{given[0]} does not know the layers of adapters: leave it out, so that the model's own "
+            "plan is taken, or leave --lora_rank or --peft_config out"
         )
 
 

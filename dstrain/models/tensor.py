@@ -1,5 +1,6 @@
 """What tensor parallelism (DeepSpeed's AutoTP) makes of a model: which parameters are shards, and their norm."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dstrain.adapter import NAME
 from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
+from dstrain.models.adapters import lora_layers
 from dstrain.models.cross_entropy import VocabularyShard
 
 
@@ -35,7 +38,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], group: Any) -> Tensor:
 
 
 def partition_config(config: Any, resolved: ResolvedConfig) -> dict[str, Any] | None:
-    """`tensor_parallel.partition_config` for a model whose own plan AutoTP refuses because of its experts; else None.
+    """`tensor_parallel.partition_config` for a model whose own plan AutoTP refuses because of its experts, and for one
+    with adapters, which no plan knows; else None.
 
     What the user wrote there, or as preset_model, is left alone. The plan is transformers'
     (`base_model_tp_plan` of the configuration, `_tp_plan` of the class). A layer's experts are one fused parameter,
@@ -58,11 +62,12 @@ def partition_config(config: Any, resolved: ResolvedConfig) -> dict[str, Any] | 
             f"tensor_parallel.autotp_size {tp_size}: the tensor-parallel plan of {config.model_type} {reason}: "
             "use sequence_parallel_size, pipeline.stages or ZeRO, or write tensor_parallel.partition_config"
         )
-    if kept == plan:
+    adapted = resolved.facts.adapters
+    if kept == plan and not adapted:
         return None
     specs = [
         {
-            "patterns": spec.patterns,
+            "patterns": _with_adapters(spec) if adapted else spec.patterns,
             "partition_type": spec.partition_type.value,
             "gather_output": spec.gather_output,
             "grad_allreduce": spec.grad_allreduce,
@@ -70,6 +75,38 @@ def partition_config(config: Any, resolved: ResolvedConfig) -> dict[str, Any] | 
         for spec in TPPlanConverter.convert(kept)
     ]
     return {"use_default_specs": False, "layer_specs": specs}
+
+
+def _with_adapters(spec: Any) -> list[str]:
+    """A layer's patterns, and what is divided where it has adapters: its base, and of the two matrices the one that has
+    the divided features. AutoTP's layers then sum what that one leaves partial: B in a column layer the gradient behind
+    A, A in a row layer the output before B. The other matrix is whole on every rank, with a whole gradient."""
+    parts = {"column": ["base_layer", f"lora_B.{NAME}"], "row": ["base_layer", f"lora_A.{NAME}"], "skip": []}
+    end, found = r"\.weight$", list(spec.patterns)
+    if spec.grad_allreduce:  # of whole layers inside of what is divided; AutoTP's hook fails on frozen ones
+        parts, found = {"skip": [f"lora_A.{NAME}", f"lora_B.{NAME}"]}, []
+    for part in parts[spec.partition_type.value]:
+        found += [pattern.removesuffix(end) + rf"\.{re.escape(part)}{end}" for pattern in spec.patterns]
+    return found
+
+
+def open_adapters(model: nn.Module) -> None:
+    """Let AutoTP look into layers with adapters, before `deepspeed.initialize`.
+
+    It takes what has a `weight` for a linear layer. A layer of peft has that of its base, so that AutoTP would put the
+    base, divided, in its place, without adapters and without a word. Raises UserError for dropout, which draws
+    other numbers on each rank once layers are divided unevenly, and for bases that are no plain linear layers.
+    """
+    for name, layer in lora_layers(model):
+        if (kind := type(layer.get_base_layer())) is not nn.Linear:
+            raise UserError(f"tensor_parallel.autotp_size above 1 cannot divide {name}, a {kind.__name__}: use ZeRO")
+        if any(isinstance(module, nn.Dropout) for module in layer.lora_dropout.values()):
+            raise UserError(f"tensor_parallel.autotp_size above 1: {name} has lora_dropout: leave --lora_dropout out")
+        layer.__class__ = type(type(layer).__name__, (type(layer),), {"weight": property(_no_weight)})
+
+
+def _no_weight(layer: Any) -> Tensor:
+    raise AttributeError("weight")
 
 
 def _plan(config: Any) -> dict[str, str]:

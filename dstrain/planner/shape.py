@@ -18,7 +18,7 @@ from dstrain.models.build import build_skeleton
 from dstrain.models.pipeline import plan_stages
 from dstrain.models.pipeline_probe import probe_layers
 from dstrain.parallel import PipePlacement
-from dstrain.planner.tracing import tensor_cuts
+from dstrain.planner.tracing import DIVIDED_MATRIX, tensor_cuts
 
 WHOLE = PipePlacement(pp_size=1)
 
@@ -72,21 +72,26 @@ class ModelShape:
         return {name: p.numel() for name, p in self.model.named_parameters()}
 
     @cached_property
-    def adapters(self) -> list[tuple[str, int]]:
-        """(name of the weight beside which it is, elements) of each matrix of an adapter."""
+    def adapters(self) -> list[tuple[str, str, int]]:
+        """(name of the weight beside which it is, lora_A or lora_B, elements) of each matrix of an adapter."""
         if self.adapter is None:
             return []
         adapted = copy.deepcopy(self.model)
         inject(adapted, self.adapter)
-        return [(f"{name}.weight", p.numel()) for name, m in lora_layers(adapted) for p in trained(m)]
+        return [
+            (f"{name}.weight", matrix, p.numel())
+            for name, m in lora_layers(adapted)
+            for matrix in ("lora_A", "lora_B")
+            for p in trained(getattr(m, matrix))
+        ]
 
     @property
     def num_parameters(self) -> int:
-        return sum(self.sizes.values()) + sum(size for _, size in self.adapters)
+        return sum(self.sizes.values()) + sum(size for *_, size in self.adapters)
 
     @property
     def num_trained(self) -> int:
-        return sum(size for _, size in self.adapters) or self.num_parameters
+        return sum(size for *_, size in self.adapters) or self.num_parameters
 
     @cached_property
     def num_layers(self) -> int:
@@ -97,8 +102,9 @@ class ModelShape:
         return probe_layers(self.model, None)
 
     @cached_property
-    def _cuts(self) -> set[str]:
-        return {name for name, _ in tensor_cuts(self.model)}
+    def _cuts(self) -> dict[str, int]:
+        """Name of a parameter that tensor parallelism divides -> along which dimension."""
+        return dict(tensor_cuts(self.model))
 
     def parts(self, placement: PipePlacement = WHOLE, tp_size: int = 1) -> list[Part]:
         """One per pipeline rank.
@@ -123,7 +129,11 @@ class ModelShape:
             stages = placement.stages(rank)
             held = frozenset[str]().union(*(names[k] for k in stages))
             whole = tuple(sizes[name] for name in held)
-            own = tuple(size for name, size in self.adapters if name in held)
+            own = tuple(
+                -(-size // tp_size) if DIVIDED_MATRIX.get(self._cuts.get(name, -1)) == matrix else size
+                for name, matrix, size in self.adapters
+                if name in held
+            )
             if self.adapter and not own:
                 raise UserError("a pipeline stage has no layer with an adapter")
             found.append(

@@ -22,12 +22,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dstrain.adapter import NAME
 from dstrain.arguments import ModelArguments
 from dstrain.models import cross_entropy
 from dstrain.models.adapters import inject
 from dstrain.models.build import build_skeleton, save_activations
 from dstrain.models.loss import install_fused_loss, token_loss
 
+# Of an adapter beside a weight that is divided along this dimension.
+DIVIDED_MATRIX = {0: "lora_B", 1: "lora_A"}
 # Blocks from this size on malloc maps for themselves, and gives back (dstrain/launch/heap.py).
 MOST_ON_HEAP = 32 * 2**20
 
@@ -275,8 +278,12 @@ def tensor_cuts(model: nn.Module) -> list[tuple[str, int]]:
         if dimension is None:
             continue
         for name, module in model.named_modules():
-            short = name.removeprefix(f"{model.base_model_prefix}.")
-            if wanted.match(short) and isinstance(module, nn.Linear):
+            if not wanted.match(name.removeprefix(f"{model.base_model_prefix}.")):
+                continue
+            if hasattr(module, "lora_A"):
+                found.append((f"{name}.{DIVIDED_MATRIX[dimension]}.{NAME}.weight", dimension))
+                name, module = f"{name}.base_layer", module.get_base_layer()
+            if isinstance(module, nn.Linear):
                 found.append((f"{name}.weight", dimension))
                 if dimension == 0 and module.bias is not None:
                     found.append((f"{name}.bias", 0))

@@ -118,6 +118,9 @@ LAYOUTS = {
     "zero3_offloaded": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
     "pp2": {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2},
     "sp2": {"sequence_parallel_size": 2, "zero_optimization": {"stage": 3}},
+    "tp2_zero0": {"tensor_parallel": {"autotp_size": 2}},
+    "tp2_zero1": {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 1}},
+    "tp2_zero3": {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 3}},
 }
 
 

@@ -94,7 +94,7 @@ EQUAL = {
     "zero3 bf16": (LLAMA, ADAMW | BF16 | WARMUP | zero(3)),
     "pp2": (LLAMA, SGD_CLIPPED | PP2 | zero(1) | {"train_micro_batch_size_per_gpu": 1}),
     "sp2 packed": (MODELS["gemma3"], ADAMW | SP2 | zero(1), "--packing"),
-    "lora pp2": (LLAMA, ADAMW | PP2 | zero(1), "--lora_rank", "4", "--lora_dropout", "0.1"),
+    "lora tp2": (LLAMA, ADAMW | TP2 | zero(1), "--lora_rank", "4"),
 }
 
 
@@ -110,6 +110,7 @@ MORE_EQUAL = {
     "zero3 router loss": (ROUTER, SGD | zero(3) | ONE_ROW),
     "pp2 router loss": (ROUTER, SGD | PP2 | zero(1) | ONE_ROW),
     "lora zero3 bf16": (LLAMA, ADAMW | BF16 | zero(3), "--lora_rank", "4"),
+    "lora pp2": (LLAMA, ADAMW | PP2 | zero(1), "--lora_rank", "4", "--lora_dropout", "0.1"),
     "lora sp2": (LLAMA, SGD | SP2 | zero(1), "--lora_rank", "4", "--lora_target_modules", "q_proj"),
 }
 EQUAL |= MORE_EQUAL

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.module_inject.auto_tp import AutoTP
+from deepspeed.module_inject.autotp_config import AutoTPConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dstrain.adapter
 from dstrain.adapter import is_adapter
@@ -19,6 +22,7 @@ from dstrain.models.adapters import weights_sha256
 from dstrain.models.build import build_model, load_model_config
 from dstrain.models.flops import active_parameters, flops_per_token
 from dstrain.models.pipeline_build import build_stage
+from dstrain.models.tensor import open_adapters, partition_config
 from dstrain.parallel import PipePlacement
 from dstrain.planner.foresight import predict_run
 from dstrain.planner.hardware import DEVICES
@@ -27,7 +31,6 @@ from dstrain.planner.platform_costs import CPU
 from dstrain.planner.shape import ModelShape
 from dstrain.planner.strategy import Choice, Cluster, Planner
 from dstrain.planner.tracing import trace_activations
-from dstrain.prepare import read_configuration
 from tests.adapters import write_base
 
 pytest.importorskip("peft")
@@ -82,20 +85,6 @@ def test_without_peft_one_line_says_so(monkeypatch):
     with pytest.raises(UserError) as refusal:
         parse("--lora_rank", "4")
     assert refusal.value.problems == ["adapters need the package peft, which is not installed: pip install peft"]
-
-
-def test_tensor_parallelism_is_refused_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("RANK", "0")
-    (tmp_path / "ds.json").write_text(
-        '{"train_batch_size": 4, "optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 2},'
-        ' "zero_optimization": {"stage": 1}}'
-    )
-    flags = ("--deepspeed_config", str(tmp_path / "ds.json"), "--output_dir", str(tmp_path / "run"))
-    read_configuration(parse_arguments([*MODEL, *flags]))
-    with pytest.raises(UserError, match="autotp_size above 1 does not know the layers of adapters"):
-        read_configuration(parse_arguments([*MODEL, *flags, "--lora_rank", "4"]))
 
 
 def test_a_file_that_peft_wrote(tmp_path):
@@ -223,14 +212,13 @@ def test_only_adapters_are_predicted_to_have_gradients_and_moments(margs):
     assert 0.6 < adapted.layer.flops / whole.layer.flops < 0.9
 
 
-def test_plan_predicts_what_a_run_does_and_refuses_what_it_refuses(margs):
+def test_plan_predicts_what_a_run_does(margs):
     config, flags = load_model_config(margs), Flags(32, adapter=json.dumps(margs.adapter))
     planner = Planner(config, margs, Cluster(1, 2, DEVICES["h200"]), flags)
     option = planner.option(Choice(1, "", 1, 2, 1, False, micro_batch=2), 8)
     run = predict_run(margs, config, option.resolved, flags, 2)
     for key, value in option.needs.to_json().items():
         assert run[key] == pytest.approx(value, rel=1e-6), key
-    assert "does not know the layers of adapters" in planner.option(Choice(1, "", 2, 1, 1, False), 8).reason
 
 
 def test_plan_refuses_a_stage_with_nothing_to_train(margs, tmp_path):
@@ -253,6 +241,59 @@ def test_plan_takes_the_flags_of_train(margs, tmp_path, capfd):
     assert found["num_trainable_parameters"] == 2 * 2 * 2 * 4 * 32  # layers, modules, matrices
     assert main([*plan, "--lora_alpha", "4"]) == 2
     assert "--lora_alpha is for adapters: add --lora_rank" in capfd.readouterr().err
+
+
+def divide(model, partition_config):
+    """As AutoTP does in `deepspeed.initialize` for the first of two ranks; without a group nothing is cut."""
+    specs = AutoTPConfig.from_dict(partition_config)
+    autotp = AutoTP(model, (), "", None, (torch.nn.Linear,), None, partition_config=specs, training_mode=True)
+    autotp.set_tensor_parallel_config(2, None)
+    autotp._replace_module(model)
+    return autotp
+
+
+def tensor_parallel():
+    deepspeed = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}, "tensor_parallel": {"autotp_size": 2}}
+    return resolve_config(deepspeed, world_size=2, facts=RunFacts(adapters=True))
+
+
+def test_tensor_parallelism_divides_bases_and_one_matrix_of_each_adapter(margs):
+    config, model = load_model_config(margs), build(margs)
+    open_adapters(model)
+    divide(model, partition_config(config, tensor_parallel()))
+    layer, parts = model.model.layers[0], ("base_layer", "lora_A.default", "lora_B.default")
+    for name, kinds in {
+        "self_attn.q_proj": ["LinearLayer", "Linear", "LinearLayer"],
+        "mlp.down_proj": ["LinearAllreduce", "LinearAllreduce", "Linear"],
+    }.items():
+        assert [type(layer.get_submodule(f"{name}.{part}")).__name__ for part in parts] == kinds
+    # The planner's: two layers, rank 4; q, k, v, gate and up divide B, o and down divide A.
+    (whole,), (part,) = (ModelShape(config, margs).parts(tp_size=size) for size in (1, 2))
+    assert whole.elements - part.elements == 2 * 4 * (32 + 16 + 16 + 64 + 64 + 32 + 64) // 2
+    with pytest.raises(UserError, match="has lora_dropout: leave --lora_dropout out"):
+        open_adapters(build(replace(margs, lora_dropout=0.1)))
+
+
+def test_norms_inside_of_divided_layers_are_frozen(tmp_path):
+    """Qwen 3's: AutoTP would register its hook on a parameter without a gradient."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    sizes |= {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes)).save_pretrained(tmp_path)
+    margs = ModelArguments(model_name_or_path=str(tmp_path), lora_rank=2)
+    config, model = load_model_config(margs), build(margs)
+    open_adapters(model)
+    autotp = divide(model, partition_config(config, tensor_parallel()))
+    autotp.mp_group = object()
+    autotp.register_replicated_grad_hooks(model)
+    assert "LinearLayer" in str(model)
+
+
+def test_autotp_still_puts_a_divided_base_in_the_place_of_an_adapter(margs):
+    """Why `open_adapters` is there."""
+    model, spec = build(margs), {"patterns": [r".*q_proj\.weight$"], "partition_type": "column"}
+    divide(model, {"use_default_specs": False, "layer_specs": [spec]})
+    left = {name.split(".lora_")[0].rpartition(".")[2] for name in trained(model)}
+    assert left == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_another_base_has_another_fingerprint(base, tmp_path):

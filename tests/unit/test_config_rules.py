@@ -163,7 +163,10 @@ def test_refused(changes, words):
 
 
 ON_CPU = RunFacts(device="cpu", device_supports_fp16=False, device_supports_bf16=True, has_libaio=False, samples=True)
-TP_WITH_ADAPTERS = ({"tensor_parallel.autotp_size": 2, STAGE: 1}, RunFacts(adapters=True))
+TP_WITH_ADAPTERS = (
+    {"tensor_parallel.autotp_size": 2, "tensor_parallel.preset_model": "llama", STAGE: 1},
+    RunFacts(adapters=True),
+)
 NVME = {STAGE: 3, OFFLOAD: "nvme", "zero_optimization.offload_optimizer.nvme_path": "/x"}
 REFUSED_ON_A_CPU = [
     (FP16, "fp16 is not supported by this CPU"),
@@ -184,7 +187,7 @@ def test_refused_on_this_device(changes, words):
     assert [problem for problem in refusal.value.problems if words in problem], refusal.value.problems
 
 
-def test_tensor_parallelism_refuses_adapters():
+def test_tensor_parallelism_with_adapters_takes_the_model_s_own_plan():
     with pytest.raises(UserError, match="does not know the layers of adapters"):
         resolve_config(configuration(TP_WITH_ADAPTERS[0]), world_size=4, facts=TP_WITH_ADAPTERS[-1])
 
