@@ -1,5 +1,5 @@
-"""Which adapters a run trains: what `--lora_rank` and its like, or a `--peft_config`, ask of peft's LoraConfig; and the
-names of their parameters.
+"""Which adapters a run trains: what `--lora_rank` and its like, or a `--peft_config`, ask of peft's LoraConfig; what
+they are beside; and the names of their parameters.
 
 Without torch and without peft, so that a wrong flag is refused at once.
 """
@@ -54,6 +54,11 @@ def adapter_settings(model: Mapping[str, Any]) -> dict[str, Any] | None:
     if rank is None and file is None:
         if given:
             raise UserError(f"{given[0]} is for adapters: add --lora_rank, for example --lora_rank 16, or leave it out")
+        if model.get("load_in_4bit"):
+            raise UserError(
+                "--load_in_4bit is for the model beside adapters, as weights in 4 bits cannot be trained: add "
+                "--lora_rank, for example --lora_rank 16, or leave it out"
+            )
         return None
     problems = []
     if file is not None and (rank is not None or given):
@@ -65,6 +70,10 @@ def adapter_settings(model: Mapping[str, Any]) -> dict[str, Any] | None:
         )
     if find_spec("peft") is None:
         problems.append("adapters need the package peft, which is not installed: pip install peft")
+    if model.get("load_in_4bit") and find_spec("bitsandbytes") is None:
+        problems.append(
+            "--load_in_4bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
+        )
     if (model.get("lora_dropout") or 0.0) >= 1.0:
         problems.append(f"--lora_dropout is {model['lora_dropout']}: write a number below 1")
     settings: dict[str, Any] = {}
@@ -133,3 +142,8 @@ def is_adapter(name: str) -> bool:
 def peft_name(name: str) -> str:
     """The key of such a parameter in an adapter_model.safetensors (`get_peft_model_state_dict` of peft)."""
     return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"
+
+
+def is_base_in_4bit(identity: Mapping[str, Any]) -> bool:
+    """Whether the adapters of a run were trained beside a base in 4 bits, by the identity in its manifests."""
+    return bool((identity.get("adapter") or {}).get("load_in_4bit"))

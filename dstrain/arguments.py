@@ -59,6 +59,7 @@ class ModelArguments:
     lora_target_modules: list[str] = flag(
         "names of the linear layers that get one; repeatable (default: all-linear, all but the head)", []
     )
+    load_in_4bit: bool = flag("quantize the linear layers of the model beside the adapters to 4 bits (QLoRA)", False)
     peft_config: str | None = flag("an adapter_config.json of peft, in place of the flags --lora_...")
 
     @property

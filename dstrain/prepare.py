@@ -75,6 +75,7 @@ def read_configuration(args: Arguments) -> Configuration:
             compile=args.model.compile is not None,
             samples=run.sample_steps is not None,
             adapters=args.model.adapter is not None,
+            load_in_4bit=args.model.load_in_4bit,
         )
         try:
             resolved = resolve_config(

@@ -24,6 +24,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
         gradient_checkpointing=args.model.gradient_checkpointing,
         compile=args.model.compile is not None,
         adapters=args.model.adapter is not None,
+        load_in_4bit=args.model.load_in_4bit,
         total_steps=STEPS,
     )
     asked = resolve_config(raw, world_size=world_size, facts=facts)
@@ -37,6 +38,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
     model = _shallow(args.model, asked.placement.num_stages, scratch / "model")
     if args.model.adapter:
         model = _with_adapters(model, args.model.adapter, args.run.seed, scratch)
+        model = dataclasses.replace(model, load_in_4bit=args.model.load_in_4bit)
     run = dataclasses.replace(
         args.run,
         deepspeed_config=str(scratch / "ds.json"),
@@ -82,6 +84,7 @@ def _shallow(margs: ModelArguments, num_stages: int, folder: Path) -> ModelArgum
         lora_alpha=None,
         lora_dropout=0.0,
         lora_target_modules=[],
+        load_in_4bit=False,
         peft_config=None,
     )
 

@@ -1,6 +1,7 @@
 """LoRA runs of the real trainer, and plain peft in this process: the same base, adapters, batches and optimizer.
 
     python -m tests.adapters ../shared/data/models/stories15M-hf-bf16      # 20 steps at ZeRO-3 x 2, SGD and AdamW
+    python -m tests.adapters ../shared/data/models/stories15M-hf-bf16 --load_in_4bit
 
 Prints, as a JSON line for each optimizer, the largest relative difference of the losses and of the trained adapters,
 and the largest difference of the logits of the merged export.
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from dstrain.adapter import is_adapter, peft_name
 from dstrain.arguments import parse_arguments
@@ -61,6 +62,22 @@ def train(folder: Path, argv: list[str], ranks: int) -> Result:
     return forked.train(folder, *argv, ranks=ranks)
 
 
+def load_plain(base: str, **how: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **how)
+
+
+def plain_base_in_4bit(base: str) -> Any:
+    """As transformers and peft make it: the base that every guide to QLoRA makes, frozen."""
+    from peft import prepare_model_for_kbit_training
+
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    plain = load_plain(base, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how))
+    for layer in plain.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # a kernel that computes in bf16 once gradients are off
+            layer.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(plain, use_gradient_checkpointing=False)
+
+
 def plain_peft(argv: list[str], optimizer: str, steps: int = STEPS) -> tuple[list[float], Lora, nn.Module]:
     """Losses, trained adapters (by the names of their file) and model of peft's own, in fp32 in this process."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -70,7 +87,7 @@ def plain_peft(argv: list[str], optimizer: str, steps: int = STEPS) -> tuple[lis
     assert settings is not None
     started = build_model(args.model, load_model_config(args.model), seed=args.run.seed, dtype=torch.float32)
     first = {peft_name(name): p.detach() for name, p in started.named_parameters() if is_adapter(name)}
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain = plain_base_in_4bit(base) if args.model.load_in_4bit else load_plain(base)
     model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", **settings))
     assert not set_peft_model_state_dict(model, first).unexpected_keys
     assert get_peft_model_state_dict(model).keys() == first.keys()
@@ -110,7 +127,7 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=(torch.arange(24) * 7 % 250).reshape(2, 12)).logits
 
 
-def main(base: str) -> None:
+def main(base: str, *more: str) -> None:
     from safetensors.torch import load_file
 
     from dstrain.checkpoint.export import export
@@ -118,7 +135,7 @@ def main(base: str) -> None:
     for optimizer in OPTIMIZERS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name, "run")
-            argv = flags(folder, Path(base), optimizer, "--export", zero_optimization={"stage": 3})
+            argv = flags(folder, Path(base), optimizer, "--export", *more, zero_optimization={"stage": 3})
             result = train(folder, argv, ranks=2).check()
             losses, adapters, model = plain_peft(argv, optimizer)
             checkpoint = folder / "checkpoints" / f"step_{STEPS:08d}"
@@ -138,4 +155,4 @@ def main(base: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -33,9 +33,11 @@ import dstrain.verify
 from dstrain.launch.ops import ask_cpu_once
 
 with suppress(ImportError):  # an extra
+    import bitsandbytes
+with suppress(ImportError):
     import peft
 
-__all__ = ["deepspeed", "dstrain", "peft", "torch", "transformers"]
+__all__ = ["bitsandbytes", "deepspeed", "dstrain", "peft", "torch", "transformers"]
 ask_cpu_once()
 cpuinfo.get_cpu_info()
 gc.freeze()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dstrain.adapter import is_base_in_4bit
 from dstrain.checkpoint.manifest import Manifest
 from dstrain.monitor.metrics import read_metrics
 from dstrain.monitor.progress import render_loss_curve
@@ -65,9 +66,11 @@ def _result(manifest: Manifest, lines: list[dict[str, Any]], facts: dict[str, An
 
 def _training(checkpoint: Path, manifest: Manifest, dtype: torch.dtype, facts: dict[str, Any]) -> dict[str, Any]:
     contents = manifest.contents
+    in_4bit = is_base_in_4bit(contents.get("identity", {}))
     return {
         "parameters": facts.get("num_parameters"),
         "of them trained": facts.get("num_trainable_parameters"),
+        "model beside the adapters": "in 4 bits (nf4, double quantization)" if in_4bit else None,
         "weights": str(dtype).removeprefix("torch."),
         "layout": ", ".join(f"{key} {value}" for key, value in sorted(contents["layout"].items())),
         "optimizer": contents["engine"]["optimizer"],

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dstrain.adapter import is_base_in_4bit
 from dstrain.arguments import is_taken
 from dstrain.checkpoint.card import build_card
 from dstrain.checkpoint.commit import MODEL_FILES
@@ -90,7 +91,8 @@ def export(
         raise UserError(
             f"{checkpoint} holds a whole model, and no adapters to merge: leave --merge and --base_model out"
         )
-    target = DTYPES[dtype] if dtype else getattr(torch, manifest.contents["layout"]["dtype"])
+    trained_as = getattr(torch, manifest.contents["layout"]["dtype"])
+    target = DTYPES[dtype] if dtype else trained_as
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -102,7 +104,9 @@ def export(
                 (temporary / name).unlink(missing_ok=True)
             # Masters have more digits than the adapters that training computed with: they are what is merged.
             entries = _entries(reader, torch.float32 if merge else target)
-            write_adapters(entries, temporary, manifest.contents["identity"]["base"])
+            identity = manifest.contents["identity"]
+            in_4bit_of = trained_as if is_base_in_4bit(identity) else None
+            write_adapters(entries, temporary, identity["base"], in_4bit_of)
             if merge:
                 write_merged(temporary, temporary, base or base_of(temporary), target, max_shard_bytes)
                 for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

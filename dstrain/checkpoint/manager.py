@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain import distributed
+from dstrain.adapter import is_base_in_4bit
 from dstrain.checkpoint import engine_state
 from dstrain.checkpoint.commit import Save, SaveStats, gather, is_full, not_written
 from dstrain.checkpoint.layout import changes_in_step_only, inner_optimizer
@@ -369,13 +370,20 @@ def _check_optimizer(path: Path, saved: str, engine: Any) -> None:
 
 def _check_base(path: Path, contents: dict[str, Any], description: dict[str, Any]) -> None:
     """A checkpoint of adapters belongs to the very base that they were trained on."""
-    saved, own = (facts.get("identity", {}).get("base") for facts in (contents, description))
-    if saved is not None and own is not None and saved != own:
+    identities = [facts.get("identity", {}) for facts in (contents, description)]
+    saved, own = (identity.get("base") for identity in identities)
+    if saved is None or own is None:
+        return
+    if saved != own:
         trained_on = contents["arguments"]["model_name_or_path"]
         raise UserError(
             f"{path} holds adapters of {trained_on} (weights {saved[:16]}), and --model_name_or_path names another "
             f"model (weights {own[:16]}): name the one that they were trained on"
         )
+    saved_4bit, own_4bit = (is_base_in_4bit(identity) for identity in identities)
+    if saved_4bit != own_4bit:
+        how, what = ("in 4 bits", "add") if saved_4bit else ("that is not in 4 bits", "leave out")
+        raise UserError(f"{path} holds adapters of a model {how}: {what} --load_in_4bit")
 
 
 def layout_of(engine: Any) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from dstrain.errors import UserError
 from dstrain.models.adapters import lora_layers, weights_sha256
 from dstrain.models.config import load_model_config, one_line
 from dstrain.models.pretrained import Checkpoint, find_checkpoint
+from dstrain.models.quantized import round_to_4bit
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE_SHA256 = "base_sha256"  # in the metadata of the weights: of the base they were trained beside
+# In the metadata of the weights: of the base that they were trained beside, and what of it was quantized to 4 bits.
+BASE_SHA256, IN_4BIT_OF = "base_sha256", "load_in_4bit_of"
 # Beyond what is trained here: what peft merges as it computes it (tests/unit/test_peft_folder.py).
 _MERGED = ("bias", "modules_to_save", "use_dora")
 # Initial weights that leave the base as it is.
@@ -53,10 +55,17 @@ def adapter_dtype(folder: Path) -> torch.dtype:
         weights.close()
 
 
-def write_adapters(entries: Iterable[Entry], folder: Path, base_sha256: str | None) -> None:
-    """Their weights as peft reads them, in a folder that is to have their configuration too."""
+def write_adapters(
+    entries: Iterable[Entry], folder: Path, base_sha256: str | None, in_4bit_of: torch.dtype | None
+) -> None:
+    """Their weights as peft reads them, in a folder that is to have their configuration too.
+
+    in_4bit_of: the type of the base's weights that were quantized in training, if they were.
+    """
     named = [replace(entry, key=peft_name(entry.key)) for entry in entries]
     metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
+    if in_4bit_of is not None:
+        metadata[IN_4BIT_OF] = str(in_4bit_of).removeprefix("torch.")
     write_safetensors(folder / ADAPTER_WEIGHTS, named, metadata)
 
 
@@ -126,7 +135,10 @@ def _weights(folder: Path) -> Path:
 
 
 def _load_base(folder: Path, base: str, trust_remote_code: bool) -> Any:
-    """In fp32. Raises UserError for one that is not there, not whole, quantized, or not that of the training."""
+    """In fp32, with what 4 bits left of its weights where the adapters were trained beside that.
+
+    Raises UserError for one that is not there, not whole, stored quantized, or not that of the training.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -139,16 +151,18 @@ def _load_base(folder: Path, base: str, trust_remote_code: bool) -> Any:
         raise UserError(f"{base} holds quantized weights: name the unquantized model with --base_model")
     try:
         with safe_open(_weights(folder), framework="pt") as stream:
-            expected = (stream.metadata() or {}).get(BASE_SHA256)
+            metadata = stream.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{folder / ADAPTER_WEIGHTS} cannot be read: {one_line(error)}") from None
-    if expected is not None and weights_sha256(base) != expected:
+    if BASE_SHA256 in metadata and weights_sha256(base) != metadata[BASE_SHA256]:
         raise UserError(f"{base} has other weights than the model of these adapters: name that one with --base_model")
     model, info = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{base} lacks weights of the model, such as {missing[0]}: name its base with --base_model")
+    if IN_4BIT_OF in metadata:
+        round_to_4bit(model, getattr(torch, metadata[IN_4BIT_OF]))
     return model
 
 

@@ -8,11 +8,12 @@ from typing import Any
 class RunFacts:
     """Facts about a run; None and False mean "not known" or "not asked for", and then no rule fires.
 
-    source: name of the JSON for messages. adapters: LoRA adapters are trained. samples: whether the run writes texts on
-    its way. device: "cpu" or "cuda". device_supports_fp16 and has_libaio: what the machine offers. hidden_size: the
-    model's width. total_steps: optimizer steps of the whole run. max_micro_batch: the largest micro-batch that the
-    memory plan allows. config_only: only the file is looked at (`dstrain config check`), so flags such as
-    --gradient_checkpointing are not known. partition_config: AutoTP's, where the model needs one.
+    source: name of the JSON for messages. adapters: LoRA adapters are trained, load_in_4bit: beside a model in 4 bits.
+    samples: whether the run writes texts on its way. device: "cpu" or "cuda". device_supports_fp16 and has_libaio: what
+    the machine offers. hidden_size: the model's width. total_steps: optimizer steps of the whole run. max_micro_batch:
+    the largest micro-batch that the memory plan allows. config_only: only the file is looked at (`dstrain config
+    check`), so flags such as --gradient_checkpointing are not known. partition_config: AutoTP's, where the model needs
+    one.
     """
 
     source: str = "the DeepSpeed JSON"
@@ -20,6 +21,7 @@ class RunFacts:
     compile: bool = False
     samples: bool = False
     adapters: bool = False
+    load_in_4bit: bool = False
     device: str | None = None
     device_supports_fp16: bool | None = None
     device_supports_bf16: bool | None = None

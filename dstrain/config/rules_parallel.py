@@ -122,6 +122,11 @@ def tensor_parallel_plan(case: Case) -> Iterator[Repair]:
 def tensor_parallel_adapters(case: Case) -> Iterator[str]:
     given = [name for name in ("partition_config", "preset_model") if case.get(f"tensor_parallel.{name}")]
     derived = case.facts.partition_config is not None
+    if case.dims.tp_size > 1 and case.facts.load_in_4bit:
+        yield (
+            "tensor_parallel.autotp_size above 1 cannot divide weights packed in 4 bits: use ZeRO, or leave "
+            "--load_in_4bit out"
+        )
     if case.dims.tp_size > 1 and case.facts.adapters and given and not derived:
         yield (
             f"tensor_parallel.{given[0]} does not know the layers of adapters: leave it out, so that the model's own "

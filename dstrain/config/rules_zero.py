@@ -174,6 +174,22 @@ def quantized_collectives(case: Case) -> Iterator[str]:
         yield "zero_optimization.zero_quantized_gradients needs reduce_scatter: leave reduce_scatter out"
 
 
+def packed_weights(case: Case) -> Iterator[str]:
+    """Stage 3 gathers what is packed by its own type, two weights a byte; these ways would take it for numbers."""
+    if not case.facts.load_in_4bit or case.stage != 3:
+        return
+    keys = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "stage3_use_all_reduce_for_fetch_params")
+    found = [f"zero_optimization.{key}" for key in keys if case.get(f"zero_optimization.{key}")]
+    if (case.get("zero_optimization.zero_hpz_partition_size") or 1) > 1:
+        found.append("zero_optimization.zero_hpz_partition_size")
+    if case.autocast:
+        found.append("torch_autocast")
+    if case.get("zero_optimization.offload_param.device") == "nvme":
+        found.append("zero_optimization.offload_param.device nvme")
+    for what in found:
+        yield f"{what} at stage 3 does not go with weights packed in 4 bits: leave it or --load_in_4bit out"
+
+
 def optimizer_is_named(case: Case) -> Iterator[str]:
     if not case.get("optimizer.type"):
         yield 'there is no optimizer: write "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}'
@@ -271,6 +287,7 @@ RULES: tuple[Rule, ...] = (
     norm_is_reported,
     secondary_partition,
     quantized_collectives,
+    packed_weights,
     optimizer_is_named,
     layerwise_optimizer,
     untested_optimizer,

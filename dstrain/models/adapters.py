@@ -134,7 +134,10 @@ def add_stage_adapters(stage: Any, margs: ModelArguments, *, seed: int, dtype: t
 def adapter_identity(margs: ModelArguments) -> dict[str, Any]:
     """What makes a run with adapters this run: their settings, and the base that they were trained on."""
     adapter = margs.adapter
-    return {"adapter": adapter, "base": weights_sha256(str(margs.model_name_or_path)) if adapter else None}
+    if adapter is None:
+        return {"adapter": None, "base": None}
+    in_4bit = {"load_in_4bit": True} if margs.load_in_4bit else {}
+    return {"adapter": {**adapter, **in_4bit}, "base": weights_sha256(str(margs.model_name_or_path))}
 
 
 def weights_sha256(name: str) -> str:

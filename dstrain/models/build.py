@@ -1,6 +1,5 @@
 """A Hugging Face causal language model, from scratch or pretrained, partitioned while it is built under ZeRO-3."""
 
-import ctypes
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from dstrain.models.adapters import add_adapters
 from dstrain.models.config import CONFIG_ERRORS, check_block_size, check_vocabulary, load_model_config, one_line
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pretrained import find_checkpoint, load
+from dstrain.models.quantized import Quantizer, check_quantizable
 from dstrain.models.tiling import tile_mlps
-from dstrain.models.units import Unit, parameters_on_meta
+from dstrain.models.units import Unit, parameters_on_meta, return_freed_memory
 
 __all__ = ["build_model", "check_block_size", "check_vocabulary", "load_model_config"]
 
@@ -65,16 +65,9 @@ class _Partitioner:
         if holder._parameters:
             context = deepspeed.zero.Init(holder, config_dict_or_path=self.config, param_swapper=self.swapper)
             self.swapper = context.param_swapper
-            _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Give freed pages back to the system. Parts take the holes of whole parameters, so that glibc's heap would
-    otherwise grow to nearly the whole model (0.9 of it measured on 2 ranks)."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        return
+            # Parts take the holes of whole parameters, so that glibc's heap would otherwise grow to nearly the whole
+            # model (0.9 of it measured on 2 ranks).
+            return_freed_memory()
 
 
 def build_model(
@@ -89,16 +82,21 @@ def build_model(
     """Build the model in training mode, with parameters in `dtype` on `device` (default: CPU).
 
     From scratch, the weights are a function of (seed, parameter name): equal at every stage and world size. Pretrained,
-    rank 0 reads each tensor once and sends it, and adapters come behind. zero3_config: the DeepSpeed configuration when
-    its stage is 3; the parameters are then partitioned unit by unit, so that no rank ever holds the whole model. A
-    collective where there is a process group. Raises UserError for what the user can mend, on every rank.
+    rank 0 reads each tensor once and sends it, in 4 bits where that is asked for, and adapters come behind.
+    zero3_config: the DeepSpeed configuration when its stage is 3; the parameters are then partitioned unit by unit, so
+    that no rank ever holds the whole model. A collective where there is a process group. Raises UserError for what the
+    user can mend, on every rank.
     """
     partition = _Partitioner(zero3_config) if zero3_config else None
     if margs.model_name_or_path:
         refuse_quantized(margs, config)
         checkpoint = find_checkpoint(margs.model_name_or_path)
         model = build_skeleton(margs, config, dtype)
-        load(model, checkpoint, dtype, partition)
+        quantize = None
+        if margs.load_in_4bit:
+            check_quantizable(model)
+            quantize = Quantizer(model, dtype, device or torch.device("cpu"))
+        load(model, checkpoint, dtype, partition, quantize)
         _take_generation_config(model, margs.model_name_or_path)
         if margs.adapter:
             add_adapters(model, margs, seed=seed, dtype=dtype, partition=partition)
@@ -112,11 +110,11 @@ def build_model(
 
 
 def refuse_quantized(margs: ModelArguments, config: PreTrainedConfig) -> None:
-    """Raises UserError for a base in 4 or 8 bits, with adapters (QLoRA) or without."""
+    """Raises UserError for a model that is stored in 4 or 8 bits."""
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"{margs.model_name_or_path} holds quantized weights, and neither they nor adapters beside them (QLoRA) "
-            "can be trained here: name the unquantized model"
+            f"{margs.model_name_or_path} holds quantized weights, which cannot be trained here: name the unquantized "
+            "model (with --lora_rank 16 --load_in_4bit it is quantized as it is loaded)"
         )
 
 

@@ -14,14 +14,16 @@ from typing import Any
 
 from torch import nn
 
+from dstrain.models.quantized import size_of
+
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _VISITED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
 
 def _size(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 has partitioned it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    """Elements of the whole parameter, also where ZeRO-3 has partitioned it or 4 bits of each are packed."""
+    return size_of(parameter) or getattr(parameter, "ds_numel", parameter.numel())
 
 
 def num_parameters(model: nn.Module, *, trainable: bool = False) -> int:

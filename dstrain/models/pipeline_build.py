@@ -12,6 +12,7 @@ from dstrain.models.build import build_skeleton, refuse_quantized, save_activati
 from dstrain.models.initial_weights import initialise
 from dstrain.models.pipeline import PipelinePlan, plan_pipeline
 from dstrain.models.pipeline_module import PipeStage, PipeStages
+from dstrain.models.quantized import check_quantizable, quantize_whole
 from dstrain.models.stage import prune
 from dstrain.parallel import PipePlacement
 
@@ -43,7 +44,11 @@ def build_stage(
     plan = plan_pipeline(model, num_stages)
     if margs.model_name_or_path:
         refuse_quantized(margs, config)
+        if margs.load_in_4bit:
+            check_quantizable(model)
         model = _load_own(type(model), margs, plan, index, dtype)
+        if margs.load_in_4bit:
+            quantize_whole(model, dtype, device or torch.device("cpu"))
     stage = PipeStage(model, plan, index, whole=build_skeleton(margs, config, dtype))
     if not margs.model_name_or_path:
         initialise(model, seed, dtype, None)

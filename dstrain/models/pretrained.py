@@ -7,6 +7,7 @@ first weight is read.
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -217,7 +218,11 @@ class _Loader:
 
 
 def load(
-    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, partition: Callable[[Unit], None] | None
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    partition: Callable[[Unit], None] | None,
+    quantize: Callable[[Unit], Unit] | None = None,
 ) -> None:
     """Fill a model whose parameters are on the meta device, in `dtype`; a collective where there is a process group.
 
@@ -230,16 +235,18 @@ def load(
         loader.check()
         reads = not dist.is_initialized() or dist.get_rank() == 0
         _on_rank_0(loader.check_ties if reads else None, checkpoint.name)
-        sent: set[int] = set()
+        sent: dict[int, weakref.ref] = {}
         for unit in units(model):
             _on_rank_0(partial(loader.read, unit) if reads else None, checkpoint.name)
             for new in allocate(unit):
                 loader.places.replace(new.old, new.parameter)
             _send_buffers(unit)
+            if partition is None or quantize is not None:
+                _send_parameters(unit, sent)
+            if quantize is not None:
+                unit = quantize(unit)
             if partition is not None:
                 partition(unit)
-            else:
-                _send_parameters(unit, sent)
     finally:
         checkpoint.close()
     # For save_pretrained, which writes the layout that was read.
@@ -277,9 +284,11 @@ def _send_buffers(unit: Unit) -> None:
                     dist.broadcast(buffer, src=0)
 
 
-def _send_parameters(unit: Unit, sent: set[int]) -> None:
+def _send_parameters(unit: Unit, sent: dict[int, weakref.ref]) -> None:
+    """sent: by id, those of the units before; quantizing ends many, whose ids go to others."""
     if _is_distributed():
         for _, _, parameter in unit.parameters():
-            if id(parameter) not in sent:
-                sent.add(id(parameter))
+            known = sent.get(id(parameter))
+            if known is None or known() is not parameter:
+                sent[id(parameter)] = weakref.ref(parameter)
                 dist.broadcast(parameter.data, src=0)

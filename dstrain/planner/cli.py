@@ -21,7 +21,7 @@ from dstrain.config.load import apply_overrides, load_config
 from dstrain.errors import ExitCode, UserError
 
 _MODEL_FLAGS = ("config_name", "model_name_or_path", "config_overrides", "attn_implementation", "trust_remote_code",
-                "tiled_mlp")  # fmt: skip
+                "tiled_mlp", "load_in_4bit")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapters = parser.add_argument_group("adapters beside a pretrained model")
     for f in _adapter_fields():
         adapters.add_argument(f"--{f.name}", action="append", help=f.metadata["help"])
+    adapters.add_argument("--load_in_4bit", action="store_true", help="as in train.py")
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", default="cpu", help="cpu (measured), h100-80g, h200, a100-80g, a100-40g, l40s")
     machine.add_argument("--hosts", type=int, default=1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dstrain.config import ResolvedConfig
+from dstrain.models.quantized import BYTES_PER_WEIGHT
 from dstrain.planner.platform_costs import Platform
 from dstrain.planner.shape import ModelShape, Part
 from dstrain.planner.states import Case, States, states_of
@@ -110,7 +111,7 @@ def predict_memory(
     found = []
     for stage, part in enumerate(parts):
         case = Case(resolved, part, ranks=dims.dp_size * dims.sp_size, on_cpu=platform.on_cpu)
-        states = states_of(case)
+        states = _with_whole_weights(states_of(case), case, setting)
         # 1F1B; DualPipeV keeps one more than there are ranks, everywhere (arXiv 2412.19437, table 2).
         in_flight = dims.pp_size + 1 if resolved.dualpipev else dims.pp_size - stage
         in_flight = min(in_flight, resolved.gradient_accumulation_steps)
@@ -144,6 +145,22 @@ def with_exchanges(activations: Activations, setting: Setting, sp_size: int, sha
     hidden = shape.config.get_text_config().hidden_size
     size = 3.0 * setting.micro_batch * setting.seq_len * hidden * setting.compute.itemsize
     return replace(activations, layer=activations.layer + Trace(size, 0.0, size, size, size))
+
+
+def _with_whole_weights(states: States, case: Case, setting: Setting) -> States:
+    """A layer in 4 bits makes its weights whole in both passes, with scales in fp32 for each 64 of them, and frees
+    them. What ZeRO-3 has gathered for one, packed, bitsandbytes keeps from the forward to the backward pass, or with
+    gradient checkpointing within a layer."""
+    largest = max(case.part.quantized, default=0)
+    extra = (setting.compute.itemsize + 4 / 64) * largest
+    if case.resolved.zero_stage == 3:
+        kept = sum(case.part.quantized)
+        if setting.gradient_checkpointing:
+            kept //= case.part.num_layers
+        extra += BYTES_PER_WEIGHT * kept
+    for name in ("forward", "backward") if extra else ():
+        states.phases[name]["gathered"] = states.phases[name].get("gathered", 0.0) + extra
+    return states
 
 
 def _of_stage(activations: Activations, part: Part) -> Trace:

@@ -17,6 +17,7 @@ from dstrain.models.adapters import inject, lora_layers, trained
 from dstrain.models.build import build_skeleton
 from dstrain.models.pipeline import plan_stages
 from dstrain.models.pipeline_probe import probe_layers
+from dstrain.models.quantized import BYTES_PER_WEIGHT, to_quantize
 from dstrain.parallel import PipePlacement
 from dstrain.planner.tracing import DIVIDED_MATRIX, tensor_cuts
 
@@ -27,8 +28,8 @@ WHOLE = PipePlacement(pp_size=1)
 class Part:
     """What one pipeline rank (without a pipeline: every rank) holds, in elements, after tensor parallelism.
 
-    sizes: of each parameter that is trained. frozen: of each that is not. layer: of one decoder layer, the largest.
-    first, last: has the embedding, has the head.
+    sizes: of each parameter that is trained. frozen: of each that is not; quantized: likewise, of those in 4 bits.
+    layer: of one decoder layer, the largest. first, last: has the embedding, has the head.
     """
 
     sizes: tuple[int, ...]
@@ -37,6 +38,7 @@ class Part:
     first: bool
     last: bool
     frozen: tuple[int, ...] = ()
+    quantized: tuple[int, ...] = ()
 
     @cached_property
     def elements(self) -> int:
@@ -45,12 +47,16 @@ class Part:
 
     @cached_property
     def held(self) -> int:
-        return sum(self.sizes) + sum(self.frozen)
+        return sum(self.sizes) + sum(self.frozen) + sum(self.quantized)
+
+    def held_bytes(self, width: float) -> float:
+        """Of all. width: bytes of a parameter that is not quantized."""
+        return width * (self.held - sum(self.quantized)) + BYTES_PER_WEIGHT * sum(self.quantized)
 
     @cached_property
-    def largest(self) -> int:
-        """Of all, trained or not."""
-        return max(self.sizes + self.frozen)
+    def stored(self) -> tuple[int, ...]:
+        """Of each parameter as it is stored, where two weights in 4 bits are one element: what DeepSpeed counts."""
+        return (*self.sizes, *self.frozen, *(size // 2 for size in self.quantized))
 
     @cached_property
     def largest_trained(self) -> int:
@@ -64,6 +70,7 @@ class ModelShape:
         self.config = config
         self.model = build_skeleton(margs, config, torch.bfloat16)
         self.adapter = margs.adapter
+        self.quantized = {f"{name}.weight" for name in to_quantize(self.model)} if margs.load_in_4bit else set()
         self._parts: dict[tuple[PipePlacement, int], list[Part]] = {}
 
     @cached_property
@@ -128,7 +135,7 @@ class ModelShape:
         for rank in range(placement.pp_size):
             stages = placement.stages(rank)
             held = frozenset[str]().union(*(names[k] for k in stages))
-            whole = tuple(sizes[name] for name in held)
+            whole = tuple(sizes[name] for name in held - self.quantized)
             own = tuple(
                 -(-size // tp_size) if DIVIDED_MATRIX.get(self._cuts.get(name, -1)) == matrix else size
                 for name, matrix, size in self.adapters
@@ -140,6 +147,7 @@ class ModelShape:
                 Part(
                     sizes=own or whole,
                     frozen=whole if self.adapter else (),
+                    quantized=tuple(sizes[name] for name in held & self.quantized),
                     layer=layer,
                     num_layers=sum(bounds[k + 1] - bounds[k] for k in stages),
                     first=0 in stages,

@@ -55,7 +55,7 @@ class Case:
     @property
     def parameters(self) -> float:
         """Bytes of all parameters, trained or not."""
-        return float(self.width * self.part.held)
+        return float(self.part.held_bytes(self.width))
 
     @property
     def width(self) -> int:
@@ -188,14 +188,15 @@ def _stage12(case: Case) -> States:
 
 def _stage3(case: Case) -> States:
     """Stage 3: a part of everything, and what is gathered: a module's parameters and those that are fetched ahead."""
-    width, own, held = case.width, 4.0 * case.share, case.part.held
+    width, own, held, largest = case.width, 4.0 * case.share, sum(case.part.stored), max(case.part.stored)
+    each = case.parameters / held
     live = case.zero("stage3_max_live_parameters", MAX_LIVE)
     prefetch = min(case.zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET), held)
-    gathered = width * float(min(held, case.part.largest + prefetch, live + case.part.largest))
+    gathered = each * min(held, largest + prefetch, live + largest)
     if not case.on_cpu:  # gathered on a stream of its own, whose memory no other stream gets
-        gathered = max(gathered, width * float(min(held, live)))
-    elif width * case.part.largest < MOST_ON_HEAP:  # it comes and goes in both passes, each time to a new place
-        gathered += 2 * width * case.part.largest
+        gathered = max(gathered, each * min(held, live))
+    elif width * largest < MOST_ON_HEAP:  # it comes and goes in both passes, each time to a new place
+        gathered += 2 * width * largest
     # Gradients go into a bucket, in the dtype in which they are reduced; `reduce_scatter_coalesced` sorts them by rank
     # into a copy of it, and what a rank receives becomes fp32.
     bucket_of = case.reduced_width * case.bucket(case.elements)
@@ -203,7 +204,7 @@ def _stage3(case: Case) -> States:
     received = 4.0 * case.bucket(case.elements) / case.ranks if case.reduced_width < 4 else 0.0
     received = max(received, _gloo(case, copy))
     # gloo gathers into a tensor of its own; a small one stays with the heap of the thread that did it.
-    gathers = _gloo(case, width * float(prefetch))
+    gathers = _gloo(case, each * prefetch)
     result = States(base={"communication": bucket_of + (gathers if gathers < MOST_ON_HEAP else 0.0)})
     parameters = case.parameters / case.ranks
     if case.resolved.offload_param:

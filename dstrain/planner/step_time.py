@@ -72,9 +72,9 @@ def work_of(shape: ModelShape, activations: Activations, resolved: ResolvedConfi
         update_traffic=share * (7 * 4.0 + width),
         update_on_host=bool(resolved.offload_optimizer),
         host_traffic=(2 * width * share if resolved.offload_optimizer else 0.0)
-        + (2 * width * part.held / divided_by * micro_batches if resolved.offload_param else 0.0),
+        + (2 * part.held_bytes(width) / divided_by * micro_batches if resolved.offload_param else 0.0),
         travel=(
-            *_between_replicas(shape, resolved, part.elements * width, part.held * width),
+            *_between_replicas(shape, resolved, part.elements * width, part.held_bytes(width)),
             *_between_peers(shape, resolved, part.num_layers, block_size, width),
         ),
         bubble=(micro_batches + dims.pp_size - 1) / micro_batches,

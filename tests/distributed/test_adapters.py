@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dstrain import cli
-from dstrain.adapter import is_adapter
+from dstrain.adapter import is_adapter, peft_name
 from dstrain.checkpoint.export import export
 from dstrain.checkpoint.manifest import read_manifest
 from dstrain.checkpoint.reshape import CheckpointReader
@@ -142,3 +142,68 @@ def test_another_base_is_refused(zero3, tmp_path):
     refused = ad.train(result.run_dir, argv, ranks=1).check(2)
     assert "holds a run with another base" in refused.stderr
     assert json.loads((result.run_dir / "run.json").read_text())["identity"]["base"]
+
+
+@pytest.fixture(scope="module")
+def in_4bit(base, tmp_path_factory):
+    """A run beside a base in 4 bits, with an evaluation on the way: (flags, result)."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("in_4bit") / "run"
+    more = ("--load_in_4bit", "--eval_steps", "5", "--save_steps", "10")
+    argv = ad.flags(folder, base, "AdamW", *more, zero_optimization={"stage": 3})
+    return argv, ad.train(folder, argv, ranks=2).check()
+
+
+def test_a_base_in_4_bits_equals_plain_peft(in_4bit, zero3, base, tmp_path):
+    argv, result = in_4bit
+    losses, adapters, model = ad.plain_peft(argv, "AdamW")
+    assert ad.relative(result.losses(), losses) <= 1e-5
+    assert ad.relative(result.losses(), zero3[1].losses()) > 1e-4  # of the base as it is
+    for name in ("num_parameters", "num_trainable_parameters"):
+        assert result.run_json()[name] == zero3[1].run_json()[name]
+    reader = CheckpointReader(result.run_dir / "checkpoints" / f"step_{ad.STEPS:08d}")
+    for name in reader.names():
+        value = adapters[peft_name(name)]
+        assert (reader.whole("weight", name) - value).norm() <= 1e-4 * value.norm()
+    asked = load(str(result.run_dir)).model  # merged, as `dstrain evaluate` and `dstrain generate` have it
+    torch.testing.assert_close(ad.logits(asked), ad.logits(model), rtol=1e-4, atol=1e-4)
+    exported = export(reader.folder, tmp_path / "e")
+    assert torch.equal(ad.logits(load(str(exported)).model), ad.logits(asked))
+    beside = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), exported)
+    assert (ad.logits(beside) - ad.logits(model)).abs().max() > 1e-3
+
+
+@pytest.mark.exhaustive
+def test_a_base_in_4_bits_is_not_left_by_the_way(in_4bit, base, tmp_path):
+    argv, result = in_4bit
+    refused = ad.train(result.run_dir, [word for word in argv if word != "--load_in_4bit"], ranks=1).check(2)
+    assert "holds a run with another adapter (load_in_4bit: true, now null)" in refused.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.startswith("tp")])
+def test_every_layout_gives_the_same_curve_in_4_bits(in_4bit, base, tmp_path, name):
+    argv = ad.flags(tmp_path / "run", base, "AdamW", "--gradient_checkpointing", "--load_in_4bit", **LAYOUTS[name])
+    assert ad.relative(ad.train(tmp_path / "run", argv, ranks=2).check().losses(), in_4bit[1].losses()) <= 1e-5
+
+
+@pytest.mark.exhaustive
+def test_resuming_in_4_bits_is_exact(in_4bit, base, tmp_path):
+    middle = in_4bit[1].run_dir / "checkpoints" / "step_00000010"
+    more = ("--load_in_4bit", "--eval_steps", "5", "--resume_from_checkpoint", str(middle))
+    argv = ad.flags(tmp_path / "run", base, "AdamW", *more, zero_optimization={"stage": 3})
+    assert ad.train(tmp_path / "run", argv, ranks=2).check().losses() == in_4bit[1].losses()[10:]
+    flags = [word for word in argv if word != "--load_in_4bit"]
+    refused = ad.train(tmp_path / "other", flags, ranks=1).check(2)
+    assert "holds adapters of a model in 4 bits: add --load_in_4bit" in refused.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_in_4_bits(in_4bit, base, tmp_path, stage):
+    """And what is merged computes what was trained, within what bf16 can tell."""
+    values = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    argv = ad.flags(tmp_path / "run", base, "AdamW", "--load_in_4bit", **values)
+    result = ad.train(tmp_path / "run", argv, ranks=2).check()
+    assert ad.relative(result.losses(), in_4bit[1].losses()) <= 2e-2
+    assert load(str(result.run_dir)).model.dtype == torch.bfloat16

@@ -110,6 +110,7 @@ MORE_EQUAL = {
     "zero3 router loss": (ROUTER, SGD | zero(3) | ONE_ROW),
     "pp2 router loss": (ROUTER, SGD | PP2 | zero(1) | ONE_ROW),
     "lora zero3 bf16": (LLAMA, ADAMW | BF16 | zero(3), "--lora_rank", "4"),
+    "lora 4 bits": (LLAMA, ADAMW | zero(2), "--lora_rank", "4", "--load_in_4bit"),
     "lora pp2": (LLAMA, ADAMW | PP2 | zero(1), "--lora_rank", "4", "--lora_dropout", "0.1"),
     "lora sp2": (LLAMA, SGD | SP2 | zero(1), "--lora_rank", "4", "--lora_target_modules", "q_proj"),
 }

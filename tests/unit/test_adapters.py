@@ -22,6 +22,7 @@ from dstrain.models.adapters import weights_sha256
 from dstrain.models.build import build_model, load_model_config
 from dstrain.models.flops import active_parameters, flops_per_token
 from dstrain.models.pipeline_build import build_stage
+from dstrain.models.quantized import BYTES_PER_WEIGHT
 from dstrain.models.tensor import open_adapters, partition_config
 from dstrain.parallel import PipePlacement
 from dstrain.planner.foresight import predict_run
@@ -239,6 +240,10 @@ def test_plan_takes_the_flags_of_train(margs, tmp_path, capfd):
     assert main([*plan, "--lora_rank", "4", *two, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["num_trainable_parameters"] == 2 * 2 * 2 * 4 * 32  # layers, modules, matrices
+    assert main([*plan, "--lora_rank", "4", *two, "--load_in_4bit", "--json"]) == 0
+    in_4bit, whole = (f["prediction"]["device_gib"]["parameters"] for f in (json.loads(capfd.readouterr().out), found))
+    quantized = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    assert (whole - in_4bit) * 2**30 == pytest.approx((4 - BYTES_PER_WEIGHT) * quantized)
     assert main([*plan, "--lora_alpha", "4"]) == 2
     assert "--lora_alpha is for adapters: add --lora_rank" in capfd.readouterr().err
 

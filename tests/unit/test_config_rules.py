@@ -167,6 +167,7 @@ TP_WITH_ADAPTERS = (
     {"tensor_parallel.autotp_size": 2, "tensor_parallel.preset_model": "llama", STAGE: 1},
     RunFacts(adapters=True),
 )
+IN_4_BITS = RunFacts(adapters=True, load_in_4bit=True)
 NVME = {STAGE: 3, OFFLOAD: "nvme", "zero_optimization.offload_optimizer.nvme_path": "/x"}
 REFUSED_ON_A_CPU = [
     (FP16, "fp16 is not supported by this CPU"),
@@ -276,6 +277,28 @@ def test_a_pipeline_checkpoints_without_reentering():
         resolve_config({**config, "pipeline": {"stages": 2, "use_reentrant": True}}, world_size=4, facts=facts)
 
 
+PACKED = [
+    {"zero_optimization.zero_quantized_nontrainable_weights": True},
+    {"zero_optimization.stage3_use_all_reduce_for_fetch_params": True},
+    {"zero_optimization.zero_hpz_partition_size": 2},
+    {"zero_optimization.offload_param.device": "nvme", "zero_optimization.offload_param.nvme_path": "/x"},
+    {"torch_autocast.enabled": True},
+]
+
+
+@pytest.mark.parametrize("changes", PACKED, ids=lambda changes: next(iter(changes)))
+def test_what_takes_packed_weights_for_numbers_is_refused(changes):
+    config = configuration({STAGE: 3, **changes})
+    resolve_config(config, world_size=4, facts=RunFacts(adapters=True))
+    with pytest.raises(UserError, match="at stage 3 does not go with weights packed in 4 bits"):
+        resolve_config(config, world_size=4, facts=IN_4_BITS)
+
+
+def test_tensor_parallelism_does_not_divide_packed_weights():
+    with pytest.raises(UserError, match="cannot divide weights packed in 4 bits"):
+        resolve_config(configuration({"tensor_parallel.autotp_size": 2, STAGE: 1}), world_size=4, facts=IN_4_BITS)
+
+
 def test_every_rule_has_a_case_here(monkeypatch):
     """Runs all cases once and notes which rules answered."""
     answered = set()
@@ -295,6 +318,7 @@ def test_every_rule_has_a_case_here(monkeypatch):
         *((*row, None) for row in (*REFUSED, *REPAIRED)),
         *((*row, ON_CPU) for row in REFUSED_ON_A_CPU),
         TP_WITH_ADAPTERS,
+        *(({STAGE: 3, **changes}, IN_4_BITS) for changes in PACKED),
     ]:
         try:
             resolve_config(configuration(changes), world_size=4, facts=facts or RunFacts())

@@ -178,6 +178,7 @@ def _check_config(args: Arguments, description: RunDescription, *, in_container:
         compile=args.model.compile is not None,
         samples=args.run.sample_steps is not None,
         adapters=args.model.adapter is not None,
+        load_in_4bit=args.model.load_in_4bit,
     )
     try:
         resolve_config(load_config(path), world_size=description.world_size, overrides=args.run.set, facts=facts)
