@@ -394,5 +394,5 @@ def layout_of(engine: Any) -> dict[str, Any]:
         "optimizer_wrapper": type(optimizer).__name__,
         "tp_size": max(1, int(engine.autotp_size())),
         "pp_size": int(getattr(engine, "num_stages", 1)),
-        "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(p.dtype for p in engine.module.parameters() if p.requires_grad)).removeprefix("torch."),
     }

@@ -161,7 +161,7 @@ class Planner:
             source=source,
             gradient_checkpointing=flags.gradient_checkpointing,
             adapters=flags.adapter is not None,
-            load_in_4bit=self.shape.quantized != set(),
+            load_in_4bit=self.margs.load_in_4bit,
         )
         resolved = resolve_config(deepspeed, world_size=self.cluster.world_size, facts=facts)
         check_sequence_parallel(self.config, resolved.parallel)
