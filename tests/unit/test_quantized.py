@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,7 +26,7 @@ from dstrain.models.adapters import adapter_identity
 from dstrain.models.build import build_model, load_model_config
 from dstrain.models.flops import flops_per_token, num_parameters
 from dstrain.models.pipeline_build import build_stage
-from dstrain.models.quantized import check_quantizable, round_to_4bit, size_of
+from dstrain.models.quantized import check_quantizable, quantized, round_to_4bit, size_of
 from dstrain.planner.shape import ModelShape
 from dstrain.planner.states import Case
 from tests.adapters import load_plain, logits, plain_base_in_4bit, write_base
@@ -99,6 +101,18 @@ def test_a_pass_without_gradients_leaves_the_weights_as_they_are(margs):
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
     model.train()(input_ids=torch.arange(8)[None]).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_bitsandbytes_keeps_what_zero3_gathered():
+    """From the forward to the backward pass: the planner counts it (docs/adapters.md)."""
+    layer = quantized(nn.Linear(64, 64), torch.float32, torch.device("cpu"))
+    gathered = StorageWeakRef(layer.weight.untyped_storage())
+    output = layer(torch.ones(1, 64, requires_grad=True))
+    layer.weight.data = torch.empty(0, dtype=torch.uint8)  # as DeepSpeed releases a parameter
+    assert not gathered.expired()
+    output.sum().backward()
+    del output
+    assert gathered.expired()
 
 
 def test_what_a_stage_quantizes_is_its_own(margs):
