@@ -46,35 +46,33 @@ _STRANGER = ["-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "paced.p
 class Trial:
     """One run over the hosts of a cluster, under way. way: "pdsh" (with the supervisor) or "torchrun"."""
 
+    num_hosts, script, patience_s = 2, SCRIPT, 180.0
+
     def __init__(self, cluster: Cluster, way: str, config: dict[str, Any] = CONFIG, *more: str, steps: int = STEPS):
         self.cluster, self.way = cluster, way
         self.inputs = cluster.folder / "inputs"
         self.folder = self.inputs / "run"
         flags = inputs.flags(self.inputs, config)
         flags += ["--max_steps", str(steps), "--save_steps", str(SAVE_EVERY), "--save_total_limit", "2"]
-        words = [str(SCRIPT), *flags]
+        words = [str(self.script), *flags]
         environment = "".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items())
         (cluster.folder / "home" / ".deepspeed_env").write_text(environment)
-        self.strangers = [self._start(name, [sys.executable, "-c", _SLEEP, *_STRANGER]) for name in cluster.names]
-        if way == "pdsh":
-            launch = [str(BIN / "dstrain"), "launch", "--max_restarts", "3", "--backoff", "0.5", *more, "--"]
-            deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(cluster.hostfile())]
-            self.launchers = [self._start(cluster.names[0], [*launch, *deepspeed, *words], "launch")]
-        else:
-            head = [
-                "env",
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-                str(BIN / "torchrun"),
-                "--nnodes",
-                f"1:{len(cluster.names)}",
-                "--nproc_per_node",
-                "1",
-            ]
-            head += ["--max-restarts", "10", "--rdzv-backend", "c10d", "--rdzv-id", "x"]
-            head += ["--rdzv-endpoint", f"{cluster.names[0]}:29400"]
-            self.launchers = [self._start(name, [*head, *words], name) for name in cluster.names]
+        self.strangers = [self.start(name, [sys.executable, "-c", _SLEEP, *_STRANGER]) for name in cluster.names]
+        self.launchers = self.launch(words, more)
 
-    def _start(self, host: str, command: Sequence[str], log: str | None = None) -> subprocess.Popen:
+    def launch(self, words: Sequence[str], more: Sequence[str]) -> list[subprocess.Popen]:
+        """Start the script; the launchers whose end is the end of the run. more: flags of the supervisor."""
+        names = self.cluster.names
+        if self.way == "pdsh":
+            launch = [str(BIN / "dstrain"), "launch", "--max_restarts", "3", "--backoff", "0.5", *more, "--"]
+            deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(self.cluster.hostfile())]
+            return [self.start(names[0], [*launch, *deepspeed, *words], "launch")]
+        head = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", str(BIN / "torchrun")]
+        head += ["--nnodes", f"1:{len(names)}", "--nproc_per_node", "1", "--max-restarts", "10"]
+        head += ["--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"{names[0]}:29400"]
+        return [self.start(name, [*head, *words], name) for name in names]
+
+    def start(self, host: str, command: Sequence[str], log: str | None = None) -> subprocess.Popen:
         out = os.open(self.cluster.folder / f"{log}.log" if log else os.devnull, os.O_WRONLY | os.O_CREAT, 0o644)
         inside = self.cluster.command(host, command, ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
         try:
@@ -95,30 +93,47 @@ class Trial:
 
     def processes(self) -> dict[int, str]:
         """Of the run, on all hosts: process id as seen from outside -> role."""
-        return sweep.find(SCRIPT.name, self.folder.resolve())
+        return sweep.find(self.script.name, self.folder.resolve())
 
     def on_host(self, host: str, role: str) -> list[int]:
         space = os.readlink(f"/proc/{self.cluster.inits[host]}/ns/pid")
         found = [pid for pid, its_role in self.processes().items() if its_role == role]
         return [pid for pid in found if os.readlink(f"/proc/{pid}/ns/pid") == space]
 
-    def wait_for(self, what: str, reached: Callable[[], Any], timeout_s: float = 180.0) -> float:
-        """Seconds until `reached`; fails, with the ends of the logs, after timeout_s."""
+    def wait_for(self, what: str, reached: Callable[[], Any]) -> float:
+        """Seconds until `reached`; fails, with the ends of the logs, after patience_s."""
         began = time.monotonic()
         while not reached():
-            over = what != "ended" and all(launcher.poll() is not None for launcher in self.launchers)
-            if time.monotonic() - began > timeout_s or (over and not reached()):
-                raise AssertionError(f"not {what} within {timeout_s:.0f} s\n{self.log()[-9000:]}")
+            over = what != "ended" and self.is_over()
+            if time.monotonic() - began > self.patience_s or (over and not reached()):
+                raise AssertionError(f"not {what} within {self.patience_s:.0f} s\n{self.log()[-9000:]}")
             time.sleep(0.05)
         return time.monotonic() - began
+
+    def is_over(self) -> bool:
+        """Whether nothing will start the run again."""
+        return all(launcher.poll() is not None for launcher in self.launchers)
 
     def log(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(self.cluster.folder.glob("*.log")))
 
     def end(self) -> list[int | None]:
         """What the launchers returned."""
-        self.wait_for("ended", lambda: all(launcher.poll() is not None for launcher in self.launchers))
+        self.wait_for("ended", self.is_over)
         return [launcher.returncode for launcher in self.launchers]
+
+    def orphans(self, alive: Sequence[str]) -> int:
+        """Processes and segments that the run has left on these hosts, five seconds after it ended."""
+        time.sleep(5.0)
+        left = len(self.processes())
+        for name in alive:
+            left += sum(map(self.is_the_runs, self.cluster.processes(name)))
+            left += len(self.cluster.run(name, ["ls", "/dev/shm"]).stdout.split())
+        return left
+
+    def is_the_runs(self, command_line: str) -> bool:
+        """Whether a process that is found on a host afterwards is one too many."""
+        return _SLEEP not in command_line
 
     def close(self) -> None:
         for process in (*self.launchers, *self.strangers):
@@ -131,12 +146,15 @@ _SLEEP = "import time; time.sleep(3600)"
 
 @dataclass(frozen=True)
 class Row:
-    """What one fault came to; times in seconds after the fault. code: of the start that it ended, by its summary."""
+    """What one fault came to; times in seconds after the fault. code: of the start that it ended, by its summary.
+
+    None where no rank was left to write one.
+    """
 
     way: str
     fault: str
     noticed_s: float
-    code: int
+    code: int | None
     next_step_s: float
     steps_lost: int
     orphans: int
@@ -182,7 +200,8 @@ def _hang(trial: Trial, host: str) -> None:
     (trial.folder / "hang_1").touch()
 
 
-FAULTS: dict[str, Callable[[Trial, str], None]] = {
+Strike = Callable[[Trial, str], None]
+FAULTS: dict[str, Strike] = {
     "killed_rank": _kill_rank,
     "killed_launcher": _kill_launcher,
     "killed_runner": _kill_runner,
@@ -203,14 +222,21 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-def measure(way: str, fault: str, folder: Path, reference: Sequence[float]) -> Row:
-    """One run, one fault on the second host, one row."""
-    with build_cluster(folder) as cluster:
-        trial, victim = Trial(cluster, way), cluster.names[1]
+def measure(
+    way: str,
+    fault: str,
+    folder: Path,
+    reference: Sequence[float],
+    kind: type[Trial] = Trial,
+    strike: Strike | None = None,
+) -> Row:
+    """One run, one fault on the second host, one row. strike: what brings the fault about, if not FAULTS has it."""
+    with build_cluster(folder, kind.num_hosts) as cluster:
+        trial, victim = kind(cluster, way), cluster.names[1]
         try:
             trial.wait_for("training", lambda: trial.step() >= STRIKE_AT)
             before, highest = trial.processes(), trial.step()
-            FAULTS[fault](trial, victim)
+            (strike or FAULTS[fault])(trial, victim)
             struck = time.monotonic()
             trial.wait_for("noticed", lambda: not before.keys() & trial.processes().keys())
             noticed_s = time.monotonic() - struck
@@ -229,7 +255,7 @@ def measure(way: str, fault: str, folder: Path, reference: Sequence[float]) -> R
                 p.poll() is not None for n, p in zip(cluster.names, trial.strangers, strict=True) if n in alive
             )
             return Row(
-                way, fault, noticed_s, code, next_step_s, highest - resumed, _orphans(trial, alive), killed,
+                way, fault, noticed_s, code, next_step_s, highest - resumed, trial.orphans(alive), killed,
                 difference(trial, reference), hosts,
             )  # fmt: skip
         finally:
@@ -274,16 +300,6 @@ def there_and_back(layout: str, folder: Path) -> Return:
             trial.close()
 
 
-def _orphans(trial: Trial, alive: Sequence[str]) -> int:
-    """Processes and segments that the run has left on a host, five seconds after it ended."""
-    time.sleep(5.0)
-    left = len(trial.processes())
-    for name in alive:
-        left += sum(_SLEEP not in line for line in trial.cluster.processes(name))
-        left += len(trial.cluster.run(name, ["ls", "/dev/shm"]).stdout.split())
-    return left
-
-
 def difference(trial: Trial, reference: Sequence[float]) -> float:
     losses = [row["loss"] for row in trial.rows("train")]
     assert len(losses) == len(reference), f"{len(losses)} steps, not {len(reference)}"
@@ -302,9 +318,9 @@ def as_table(rows: Sequence[Row]) -> str:
     head += ["goes on with ranks", "left over", "strangers killed", "largest difference of losses"]
     lines = [" | ".join(head), " | ".join(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for row in rows:
-        cells = [row.way, row.fault.replace("_", " "), f"{row.noticed_s:.1f} s", row.code, f"{row.next_step_s:.1f} s"]
-        cells += [row.steps_lost, row.hosts_after, row.orphans, row.strangers_killed, f"{row.difference:.1e}"]
-        lines.append(" | ".join(map(str, cells)))
+        cells = [row.way, row.fault.replace("_", " "), f"{row.noticed_s:.1f} s", row.code or "none"]
+        cells += [f"{row.next_step_s:.1f} s", row.steps_lost, row.hosts_after, row.orphans, row.strangers_killed]
+        lines.append(" | ".join(map(str, [*cells, f"{row.difference:.1e}"])))
     return "\n".join(f"| {line} |" for line in lines)
 
 

@@ -25,6 +25,7 @@ FORWARDING_S = 0.3
 REASONS = ("the stop file", "--max_time is over", LAUNCHER_DIED, *(f"signal {s.name}" for s in STOP_SIGNALS))
 _LAUNCHER_NAMES = ("deepspeed", "torchrun", "accelerate", "accelerate-launch", "dstrain")
 _LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands", "dstrain.cli")
+_SLURM = "slurmstepd: "  # "slurmstepd: [JOB.STEP]": so it names itself
 _PATIENCE_S = 2.0
 
 
@@ -93,7 +94,7 @@ def _is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    named = any(os.path.basename(word) in _LAUNCHER_NAMES for word in words[:2])
+    named = any(os.path.basename(word) in _LAUNCHER_NAMES for word in words[:2]) or words[0].startswith(_SLURM)
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     return named or module.startswith(_LAUNCHER_MODULES)
 

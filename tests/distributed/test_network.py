@@ -26,6 +26,7 @@ def test_a_plan_for_two_hosts_measures_what_is_between_them(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["hosts"], found["devices_per_host"]) == (2, 1)
-    assert 5e6 < found["network"]["network"] < 12.5e6
+    bucket = 2**18 / 0.25  # of `limit`: passes at once, in a measurement of a quarter of a second or more
+    assert 5e6 < found["network"]["network"] < 12.5e6 + bucket
     sent = 1.5 * 4 * found["num_parameters"]
-    assert found["prediction"]["step_time_s"] > sent / 12.5e6
+    assert found["prediction"]["step_time_s"] > sent / (12.5e6 + bucket)

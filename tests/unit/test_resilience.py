@@ -1,6 +1,7 @@
 """The parts of a run that survives, one by one; tests/distributed has them in real runs."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -87,6 +88,17 @@ def test_the_deadline(tmp_path):
 
 def test_a_shell_is_no_launcher():
     assert launchers_above() == []
+
+
+def test_the_daemon_of_a_slurm_step_is_a_launcher(monkeypatch):
+    """It writes `slurmstepd: [JOB.STEP]` over its own command line."""
+    words = ["slurmstepd: [7.0]", "-c", "print(flush=True); input()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, executable=sys.executable, stdin=pipe, stdout=pipe) as daemon:
+        daemon.stdout.readline()
+        monkeypatch.setattr(os, "getppid", lambda: daemon.pid)
+        assert [pid for pid, _ in launchers_above()] == [daemon.pid]
+        daemon.kill()
 
 
 @dataclass
