@@ -22,7 +22,8 @@ def test_a_plan_for_two_hosts_measures_what_is_between_them(tmp_path):
         plan = [str(BIN / "dstrain"), "plan", "--config_name", str(tmp_path / "model.json"), "--block_size", "128"]
         plan += ["--hostfile", str(hosts.hostfile()), "--precision", "fp32", "--json"]
         plan += ["--deepspeed_config", str(ROOT / "ds_configs/zero2.json"), "--set", "bf16.enabled=false"]
-        done = hosts.run("node1", [*plan, "--set", "train_batch_size=4"], env={"OMP_NUM_THREADS": "1"})
+        plan += ["--set", "train_batch_size=4"]
+        done = hosts.run("node1", plan, env={"OMP_NUM_THREADS": "1"}, timeout_s=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["hosts"], found["devices_per_host"]) == (2, 1)
