@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.arguments import parse_arguments
-from dstrain.config import RunFacts, load_config, resolve_config
 from dstrain.errors import UserError
 from dstrain.launch import processes
 from dstrain.launch.asking import module_command
@@ -29,6 +28,7 @@ from dstrain.launch.hosts import (
     write_hostfile,
 )
 from dstrain.launch.words import HOSTFILE, find_script, flag_value, hostfile_of, launcher_of, with_flag
+from dstrain.launch.worlds import holds, stored_global_batch
 from dstrain.run_folder import RunFolder
 
 LEFT_BEHIND_S = 30.0  # between the end of a run's part on one host and the end of the others
@@ -140,11 +140,11 @@ class Fleet:
         except UserError:  # another script, with flags of its own
             return hosts, None
         own = arguments.deepspeed_config
-        identity = RunFolder(self._folder).read().get("identity", {})
+        global_batch = stored_global_batch(self._folder)
         for config in filter(None, (own, self._smaller_config)):
             for number in range(len(hosts), 0, -1):
                 world_size = sum(host.slots for host in hosts[:number])
-                if _holds(config, world_size, arguments.set, identity.get("global_batch")):
+                if holds(config, world_size, arguments.set, global_batch):
                     return hosts[:number], None if config == own else config
         return hosts, None  # the run itself says what is wrong
 
@@ -227,21 +227,6 @@ def build_place(command: Sequence[str], folder: Path, say: Say, smaller_config: 
                 f"{name} cannot follow a lost host: write the hosts and their slots into {hostfile} instead"
             )
     return Fleet(command, script, folder, say, smaller_config)
-
-
-def _holds(config: str, world_size: int, overrides: Sequence[str], global_batch: int | None) -> bool:
-    facts = RunFacts(config_only=True)
-    try:
-        resolve_config(
-            load_config(config),
-            world_size=world_size,
-            overrides=overrides,
-            facts=facts,
-            stored_global_batch=global_batch,
-        )
-    except UserError:
-        return False
-    return True
 
 
 def _left(answer: Answer) -> dict[str, Any]:

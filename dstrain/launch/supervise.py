@@ -152,7 +152,15 @@ class Supervisor:
                 processes.end_descendants(0.0)
         grace_s = processes.ORPHANS_SAVE_S if self._rings() and not self._has_summary(before) else START_UP_S
         self.place.clean_up(0.0 if len(self._signals) > 1 else grace_s)
+        self._wait_for_ranks_elsewhere(child.returncode)
         return self._outcome(child.returncode, before)
+
+    def _wait_for_ranks_elsewhere(self, returncode: int) -> None:
+        """Ranks that are not below this process (Ray's) save and say why they end after their launcher has died."""
+        deadline = time.monotonic() + processes.ORPHANS_SAVE_S
+        died = true_code(returncode) > 128
+        while died and self.lock.is_held and len(self._signals) < 2 and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def _ask_to_stop(self) -> None:
         ranks = [header["pid"] for header, _ in self._rings()]

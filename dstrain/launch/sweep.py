@@ -73,6 +73,7 @@ def sweep(script: str, output_dir: str, grace_s: float | None = None, known: Seq
     left = Left(found=len(here))
     if grace_s is not None:
         deadline = time.monotonic() + grace_s
+        processes.send(here, signal.SIGCONT)  # one that somebody has stopped could not even obey a signal
         while here and time.monotonic() < deadline + _UNKILLABLE_S:
             over = time.monotonic() >= deadline
             victims = [pid for pid, role in here.items() if role == "launcher" or over]

@@ -24,7 +24,13 @@ from dstrain.resilience.exits import LAUNCHER_DIED, STOP_SIGNALS, exit_now, igno
 FORWARDING_S = 0.3
 REASONS = ("the stop file", "--max_time is over", LAUNCHER_DIED, *(f"signal {s.name}" for s in STOP_SIGNALS))
 _LAUNCHER_NAMES = ("deepspeed", "torchrun", "accelerate", "accelerate-launch", "dstrain")
-_LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands", "dstrain.cli")
+_LAUNCHER_MODULES = (
+    "deepspeed.launcher",
+    "torch.distributed",
+    "accelerate.commands",
+    "dstrain.cli",
+    "dstrain.launch.clusters.ray_rank",
+)
 _SLURM = "slurmstepd: "  # "slurmstepd: [JOB.STEP]": so it names itself
 _PATIENCE_S = 2.0
 
@@ -143,7 +149,7 @@ class AgreedStop:
 
     def _is_orphan(self) -> bool:
         now = time.monotonic()
-        if now - self._looked_at > 1.0:
+        if self.signals.first is not None or now - self._looked_at > 1.0:
             self._looked_at = now
             self._orphan = any(_stat(pid)[1] != started for pid, started in self._launchers)
         return self._orphan

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from dstrain.launch.ops import extensions_root
-from tests import faults, forked, launch
+from tests import faults, forked, host_faults, launch, ray_faults
+from tests.cluster import why_not
 from tests.launch import BIN, ROOT
 
 pytestmark = [
@@ -30,11 +31,11 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray: pip install -e .[ray]"),
 ]
 STEPS, KILL_AT, SAVE_STEPS = 250, 60, 50
-FLAGS = ("--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS))
+FLAGS = ("--save_steps", str(SAVE_STEPS), "--max_steps")
 
 
 @contextmanager
-def under_ray(folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def under_ray(folder: Path, *more: str, steps: int = STEPS) -> Iterator[tuple[subprocess.Popen, str]]:
     """`dstrain launch --to ray` with a cluster of its own, and the mark of all that it starts."""
     short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets may have 107 letters
     mark = uuid.uuid4().hex
@@ -43,7 +44,7 @@ def under_ray(folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen, str]
     command = [str(BIN / "dstrain"), "launch", "--to", "ray", "--num_procs_per_node", "2", "--use_cpu"]
     with open(folder / "driver.log", "w") as log:
         driver = subprocess.Popen(
-            [*command, "--", "dstrain/train.py", *faults.flags(folder), *FLAGS, *more],
+            [*command, "--", "dstrain/train.py", *faults.flags(folder), *FLAGS, str(steps), *more],
             cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -63,6 +64,10 @@ def last_step(folder: Path) -> int:
     return max((line["step"] for line in lines_of(folder) if line["kind"] == "train"), default=0)
 
 
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in lines_of(folder) if line["kind"] == "summary"]
+
+
 def has_gone_on(folder: Path) -> bool:
     """Whether a start has made a step from a checkpoint."""
     lines = lines_of(folder)
@@ -70,7 +75,7 @@ def has_gone_on(folder: Path) -> bool:
     return bool(resumed) and any(line["kind"] == "train" for line in lines[resumed[-1] :])
 
 
-def wait_until(true: Callable[[], bool], driver: subprocess.Popen, timeout_s: float = 150.0) -> None:
+def wait_until(true: Callable[[], Any], driver: subprocess.Popen, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert driver.poll() is None and time.monotonic() < deadline, f"exit code {driver.poll()}"
@@ -99,12 +104,12 @@ def recover(folder: Path, fault: str) -> dict[str, Any]:
         rank = rank_1(mark)
         os.kill(rank if fault == "rank" else parent(parent(rank)), signal.SIGKILL)
         killed, before = time.monotonic(), last_step(folder)
-        wait_until(lambda: any(line["kind"] == "summary" for line in lines_of(folder)), driver)
-        noticed, first_end = time.monotonic() - killed, lines_of(folder)[-1]["exit_code"]
+        wait_until(lambda: summaries(folder), driver)
+        noticed, first_end = time.monotonic() - killed, summaries(folder)[-1]["exit_code"]
         reached = last_step(folder)
         wait_until(lambda: has_gone_on(folder), driver)
         again = time.monotonic() - killed
-        exit_code = driver.wait(120)
+        exit_code = driver.wait(300)
         left = len([pid for pid in launch.marked_processes(mark) if pid != os.getpid()])
     (resume,) = [line for line in lines_of(folder) if line.get("name") == "resume"]
     found = {"fault": fault, "killed_at": before, "noticed_s": noticed, "first_end": first_end}
@@ -119,11 +124,11 @@ def curve(folder: Path) -> list[tuple]:
 def whole(folder: Path) -> list[tuple]:
     """Never interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
-    forked.train(folder / "run", *faults.flags(folder), *FLAGS, ranks=2).check()
+    forked.train(folder / "run", *faults.flags(folder), *FLAGS, str(STEPS), ranks=2).check()
     return curve(folder)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", ["worker", "rank"])
 def test_a_killed_worker_is_started_again_and_the_run_goes_on(fault, tmp_path):
     found = recover(tmp_path / "ray", fault)
@@ -131,21 +136,37 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on(fault, tmp_path):
     assert curve(tmp_path / "ray") == whole(tmp_path / "whole")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_codes_that_no_start_can_mend_end_the_job(tmp_path):
     with under_ray(tmp_path, "--validation_file", str(tmp_path / "nothing.txt")) as (driver, _):
-        assert driver.wait(200) == 2
+        assert driver.wait(300) == 2
     log = (tmp_path / "driver.log").read_text()
     assert log.count("nothing.txt") >= 1 and log.count("Started training worker group of size 2") == 1
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_signal_to_the_driver_is_an_agreed_stop(tmp_path):
-    with under_ray(tmp_path, "--max_steps", "100000") as (driver, _):
+    with under_ray(tmp_path, steps=100_000) as (driver, _):
         wait_until(lambda: last_step(tmp_path) >= 3, driver)
         driver.terminate()
-        assert driver.wait(100) == 75
+        assert driver.wait(300) == 75
     assert lines_of(tmp_path)[-1]["exit_code"] == 75
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("fault", ray_faults.FAULTS)
+def test_every_fault_on_a_cluster_of_two_hosts_is_noticed_within_a_minute(fault, tmp_path):
+    reference = host_faults.uninterrupted(tmp_path / "reference", host_faults.CONFIG)
+    row = ray_faults.measure(fault, tmp_path / "cluster", reference)
+    assert row.good, row
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_a_host_that_comes_back_is_taken_while_the_run_goes_on(tmp_path):
+    there = ray_faults.there_and_back(tmp_path)
+    assert there.worlds == [2, 1, 2] and there.difference <= 1e-5, there
 
 
 def main() -> None:

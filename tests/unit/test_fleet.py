@@ -5,8 +5,10 @@ The hosts are names that a fake `ssh` on the PATH knows: it runs the command her
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -211,6 +213,41 @@ def test_a_sweep_ends_what_is_the_runs_and_nothing_else(tmp_path):
         finally:
             rank.kill()
             other.kill()
+
+
+def test_a_sweep_wakes_a_rank_that_was_stopped(tmp_path):
+    """It has been told to end, and could not hear it."""
+    script = tmp_path / "train.py"
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(flush=True); time.sleep(60)"
+    script.write_text(code)
+    command = [sys.executable, str(script), "--output_dir", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as rank:
+        try:
+            assert rank.stdout is not None and rank.stdout.readline()
+            rank.send_signal(signal.SIGSTOP)
+            rank.terminate()
+            left = sweep.sweep("train.py", str(tmp_path / "run"), 30.0)
+            assert (left.found, left.killed, rank.wait(5)) == (1, 0, 75)
+        finally:
+            rank.kill()
+
+
+def test_ranks_below_no_launcher_are_waited_for(tmp_path):
+    """Ray's: a driver that is killed leaves them to save and to say why they end."""
+    hold = (
+        "import sys; from pathlib import Path; from dstrain.run_lock import RunLock; lock = RunLock(Path(sys.argv[1]))"
+    )
+    hold += "; lock.take(); print(flush=True); sys.stdin.read(); lock.release()"
+    place = fleet.OneHost([], tmp_path, print)
+    supervisor = supervise.Supervisor(place, tmp_path, max_restarts=1)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, **pipes) as rank:
+        assert rank.stdin is not None and rank.stdout is not None and rank.stdout.readline()
+        supervisor._wait_for_ranks_elsewhere(2)  # it was refused since they are there
+        assert supervisor.lock.is_held
+        threading.Timer(0.3, rank.stdin.close).start()
+        supervisor._wait_for_ranks_elsewhere(-signal.SIGKILL)
+        assert not supervisor.lock.is_held
 
 
 def test_the_runner_kills_by_pattern():

@@ -12,40 +12,81 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dstrain.errors import ExitCode, UserError
-from dstrain.launch.supervise import FINAL
-from dstrain.launch.words import find_run_folder
+from dstrain.launch.supervise import FINAL, say
+from dstrain.launch.sweep import sweep
+from dstrain.launch.words import find_run_folder, flag_value
+from dstrain.launch.worlds import stored_global_batch, usable_worlds
 from dstrain.monitor.metrics import append_missing_summary, read_metrics
+from dstrain.parallel import free_port
 from dstrain.run_lock import RunLock
 
 OLD_RANKS_S = 600.0  # ranks that lost their worker save, then end
+CUT_OFF_S = 60.0  # Ray ends a worker whose rank has failed at once, if it can reach it
+_TELL_AFTER_S = 10.0
+LOOK_S = 60.0  # how often Ray looks for hosts that came (back) or went
 
 
 def run_rank(settings: dict[str, Any]) -> int:
     """In a Ray worker: run our program as this rank. Its exit code, where starting again cannot help.
 
-    settings: words, folder and variables of the program. Raises RuntimeError for any other code, UserError where ranks
-    of the start before do not end.
+    settings: words, folder and variables of the program, and how many ranks it wants. Raises RuntimeError for any
+    other code, UserError where ranks of the start before do not end.
     """
     import torch.distributed as dist
 
-    from dstrain.parallel import free_port
-
-    if dist.get_rank() == 0:
-        RunLock(Path(settings["output_dir"])).wait_until_free(OLD_RANKS_S)
-    port = [free_port()]
-    dist.broadcast_object_list(port, src=0)  # MASTER_PORT is that of Ray's own group
-    env = {**os.environ, **settings["env"], "MASTER_PORT": str(port[0])}
+    folder, rank = Path(settings["output_dir"]), dist.get_rank()
+    nodes: list[str] = [""] * dist.get_world_size()
+    if os.environ["LOCAL_RANK"] == "0":
+        sweep(os.path.basename(settings["words"][0]), str(folder), OLD_RANKS_S)
+    dist.all_gather_object(nodes, os.environ["NODE_RANK"])  # all hosts are swept behind this
+    start = [_agree(folder, settings, len(nodes)) if rank == 0 else (0, 0)]
+    dist.broadcast_object_list(start, src=0)
+    port, ranks = start[0]
+    if rank >= ranks:
+        return int(ExitCode.FINISHED)  # degrees and batch have no use for it
+    env = {**os.environ, **settings["env"], "MASTER_PORT": str(port)}  # the one it has is that of Ray's own group
+    env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(nodes[:ranks].count(nodes[rank]))}
     words = [sys.executable, "-m", "dstrain.launch.clusters.ray_rank", *settings["words"]]
     code = subprocess.run(words, cwd=settings["cwd"], env=env, start_new_session=True).returncode
     if code not in FINAL:
-        raise RuntimeError(f"rank {env['RANK']} ended with {code}")
+        cut_off = threading.Timer(CUT_OFF_S, os._exit, (1,))
+        cut_off.daemon = True
+        cut_off.start()
+        raise RuntimeError(f"rank {rank} ended with {code}")
     return code
+
+
+def _agree(folder: Path, settings: dict[str, Any], workers: int) -> tuple[int, int]:
+    """On rank 0: (port of the ranks, how many of the workers become ranks)."""
+    RunLock(folder).wait_until_free(OLD_RANKS_S)
+    append_missing_summary(folder, ExitCode.CRASH, "ended without a summary under Ray")
+    if workers < settings["num_workers"] and stored_global_batch(folder) is None:
+        say(f"{workers} of {settings['num_workers']} workers: a run that has not begun waits for all")
+        while True:  # Ray begins again with more as soon as they are there
+            time.sleep(LOOK_S)
+    usable = usable_worlds(settings["words"][1:], folder, range(workers, 0, -1))
+    return free_port(), next(usable, workers)  # where it can use none, it says itself why
+
+
+def wait_for_all(bundles: list[dict[str, float]]) -> None:
+    """Until the cluster has room for all workers at once. A run that has not begun needs them: its global batch may
+    follow from their number."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group(bundles)
+    if not group.wait(_TELL_AFTER_S):
+        say(f"waits until the Ray cluster has room for {len(bundles)} workers of {bundles[0]}")
+    ray.get(group.ready())
+    remove_placement_group(group)
 
 
 def fit(args: argparse.Namespace, words: Sequence[str], folder: Path) -> int | None:
@@ -55,19 +96,28 @@ def fit(args: argparse.Namespace, words: Sequence[str], folder: Path) -> int | N
 
     variables = dict(variable.split("=", 1) for variable in args.env)
     gpus = {"GPU": args.gpus_per_worker} if args.gpus_per_worker else {}
+    resources = {"CPU": args.cpus_per_worker, **gpus}
+    if stored_global_batch(folder) is None:
+        wait_for_all([resources] * args.num_workers)
+    fewest = next(usable_worlds(words[1:], folder, range(1, args.num_workers + 1)), args.num_workers)
+    words = [os.path.abspath(words[0]), *words[1:]]
+    if flag_value(words, "--output_dir") is None:  # by which a sweep knows the run's processes
+        words += ["--output_dir", str(folder)]
     trainer = TorchTrainer(
         run_rank,
         train_loop_config={
-            "words": [os.path.abspath(words[0]), *words[1:]],
+            "words": words,
             "cwd": os.getcwd(),
             "env": variables,
             "output_dir": str(folder.resolve()),
+            "num_workers": args.num_workers,
         },
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
-            num_workers=args.num_workers,
+            num_workers=(fewest, args.num_workers),
+            elastic_resize_monitor_interval_s=LOOK_S,
             use_gpu=bool(gpus),
-            resources_per_worker={"CPU": args.cpus_per_worker, **gpus},
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name="ray",
@@ -78,7 +128,7 @@ def fit(args: argparse.Namespace, words: Sequence[str], folder: Path) -> int | N
     try:
         return trainer.fit().return_value
     except TrainingFailedError as error:
-        print(f"dstrain launch: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        say(str(error).strip().splitlines()[-1])
         return None
 
 
@@ -113,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import ray
 
+    # Ray's count of a cluster's hosts is up to 20 s old, and 60 s is how long it would wait for one that is gone.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     ray.init()  # a cluster that is there, or one of this host's; it takes the signals that come next
     for number in (signal.SIGTERM, signal.SIGUSR1):  # Ctrl-C is Ray's: it ends the workers, and the ranks save
         signal.signal(number, stop)
