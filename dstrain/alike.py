@@ -8,14 +8,12 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import xxhash
 
 from dstrain import distributed
 from dstrain.arguments import Arguments
@@ -23,6 +21,7 @@ from dstrain.config import ResolvedConfig
 from dstrain.errors import UserError
 from dstrain.models.adapters import weights_sha256
 from dstrain.models.config import model_identity
+from dstrain.models.pretrained import find_checkpoint
 from dstrain.parallel import Launch
 from dstrain.run_folder import code_sha256, difference, package_versions
 
@@ -33,42 +32,21 @@ _PLACES = {
 }
 _PACKAGES = ("dstrain", "torch", "deepspeed", "transformers")
 _PATIENCE_S = 5.0  # a network file system may show a new file a little later
-_TELL = timedelta(minutes=2)
+_CHUNK_BYTES = 1 << 24
 
 
-def meet() -> None:
-    """Join the process group. Raises UserError when a rank has come only to `tell_waiting` that its host cannot."""
-    distributed.init_distributed()
-    _exchange(())
-
-
-def tell_waiting(problems: Sequence[str]) -> None:
-    """This rank is refused before the ranks have met: those of other hosts would wait for it at the rendezvous.
-
-    Meet them once and say so. They may have found the same, or never come.
-    """
-    if dist.is_initialized():
-        return
-    with suppress(UserError, RuntimeError):  # RuntimeError: torch's, of all its kinds, when nobody comes
-        distributed.init_distributed(_TELL)
-        _exchange(problems)
-
-
-def _exchange(problems: Sequence[str]) -> None:
-    found = distributed.gather_objects([f"{socket.gethostname()}: {problem}" for problem in problems])
-    if others := sorted({problem for rank in found for problem in rank}):
-        raise UserError(others)
-
-
-def check_alike(args: Arguments, resolved: ResolvedConfig, config: Any, launch: Launch) -> None:
+def check_alike(args: Arguments, resolved: ResolvedConfig, config: Any, launch: Launch, *, is_new: bool) -> None:
     """Refuse hosts that would not train the same run, or share no run folder. A collective; writes nothing that stays.
 
-    Raises UserError, on every rank.
+    is_new: the run begins from the model's own weights, which beside adapters every start reads. Raises UserError, on
+    every rank.
     """
     hosts = distributed.gather_objects((socket.gethostname(), launch.local_world_size))
     if len(set(hosts)) == 1 and launch.local_world_size == launch.world_size:
         return
     _check_same(partial(_facts, args, resolved, config), launch)
+    if args.model.model_name_or_path and (is_new or args.model.adapter):
+        check_whole_weights(args.model.model_name_or_path, launch)
     check_shared_folder(Path(args.run.output_dir), launch)
 
 
@@ -105,6 +83,38 @@ def _check_same(make_facts: Callable[[], dict[str, Any]], launch: Launch) -> Non
     ]
     if problems:
         raise UserError(problems)
+
+
+def check_whole_weights(name: str, launch: Launch) -> None:
+    """Refuse copies of a model whose weights differ anywhere. A collective.
+
+    Files on a file system that all hosts share are told by inode, size and time, and are not read; a host's own copy is
+    read once, as fast as its disk gives it.
+    """
+    files = list(map(Path, find_checkpoint(name).files)) if launch.is_main_on_host else []
+    marks = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files)]
+    found = distributed.gather_objects((socket.gethostname(), marks))
+    first = found[0][1]
+    if all(marks in (first, []) for _, marks in found):
+        return
+    found = distributed.gather_objects((socket.gethostname(), {file.name: _xxh3(file) for file in files}))
+    first_host, first = found[0]
+    problems = [
+        f"{first_host} and {host} differ in {', '.join(name for name in first if first[name] != sums.get(name))} of "
+        f"{name}: copy the model anew"
+        for host, sums in found
+        if sums and sums != first
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _xxh3(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(file, "rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_shared_folder(folder: Path, launch: Launch) -> None:

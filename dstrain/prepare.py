@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from dstrain.arguments import Arguments, RunArguments, is_taken
@@ -16,6 +17,7 @@ from dstrain.begin import begin
 from dstrain.best import Best
 from dstrain.config import ResolvedConfig, RunFacts, load_config, resolve_config
 from dstrain.errors import ExitCode, UserError
+from dstrain.launch.absent import leaving_without_absent_hosts
 from dstrain.launch.swap import SwapFolders
 from dstrain.monitor.energy import grid_kg_per_kwh
 from dstrain.parallel import Launch, check_master_port
@@ -99,17 +101,18 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
     """Build the whole run; whoever leaves it by an error leaves a summary that says so. Raises UserError."""
     from dstrain.monitor.logs import QuietOutput
 
-    quiet, lock = QuietOutput(Launch.from_environment().rank), RunLock(configuration.folder.path)
-    with quiet, SwapFolders() as swap, lock:
+    launch = Launch.from_environment()
+    quiet, lock = QuietOutput(launch.rank), RunLock(configuration.folder.path)
+    with leaving_without_absent_hosts(launch) as met, quiet, SwapFolders() as swap, lock:
         from dstrain import distributed
         from dstrain.resilience.causes import how_it_ended, rename_error
         from dstrain.resilience.safety import Safety
 
         pauses = args.model.compile is not None or args.run.profile
-        safety = Safety(Launch.from_environment().rank, args.run.hang_timeout, pauses=pauses)
+        safety = Safety(launch.rank, args.run.hang_timeout, pauses=pauses)
         run = None
         try:
-            run = _build(args, configuration, startup, safety, swap)
+            run = _build(args, configuration, startup, safety, swap, met)
             begin(run, quiet, lock)
             with run.profiler:
                 yield run
@@ -137,8 +140,8 @@ def prepare(args: Arguments, configuration: Configuration, startup: Startup) -> 
                 run.loader.close()
 
 
-def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any, swap: Any) -> Run:
-    """Everything but the run folder: a start that is refused here has written nothing."""
+def _build(args: Arguments, configuration: Configuration, startup: Startup, safety: Any, swap: Any, met: Event) -> Run:
+    """Everything but the run folder: a start that is refused here has written nothing. met: set once the ranks have."""
     from dstrain import distributed
     from dstrain.engine import build_engine
     from dstrain.models.config import load_model_config
@@ -154,8 +157,8 @@ def _build(args: Arguments, configuration: Configuration, startup: Startup, safe
     resolved = _with_facts(configuration.resolved, config)
     foresight = foresee(args, config, resolved, block_size)
     startup.done("model_config")
-    _join_process_group(resolved, launch, safety)
-    _check_hosts(args, resolved, config, launch)
+    _join_process_group(resolved, launch, safety, met)
+    _check_hosts(args, resolved, config, launch, is_new=not configuration.stored)
     startup.done("process_group")
     data = _build_data(args, tokenizer, block_size, launch)
     startup.done("data")
@@ -246,11 +249,10 @@ def _check_model(args: Arguments, config: Any, resolved: ResolvedConfig) -> None
     check_packing(config, args, resolved)
 
 
-def _join_process_group(resolved: ResolvedConfig, launch: Launch, safety: Any) -> None:
+def _join_process_group(resolved: ResolvedConfig, launch: Launch, safety: Any, met: Event) -> None:
     """Build the ops that this configuration needs, once per host, while the other ranks wait at the rendezvous."""
-    from dstrain.alike import meet
-    from dstrain.launch.absent import leaving_without_absent_hosts
     from dstrain.launch.ops import ask_cpu_once, build_ops, required_builders
+    from dstrain.meeting import meet
     from dstrain.monitor.logs import screen
 
     ask_cpu_once()
@@ -260,15 +262,15 @@ def _join_process_group(resolved: ResolvedConfig, launch: Launch, safety: Any) -
     if "RANK" not in os.environ and any(name.startswith("ACCELERATE_") for name in os.environ):
         why = "without --use_deepspeed it starts one on a machine without GPUs"
         print(f"accelerate started one plain process ({why}): training in one process", file=screen())
-    with leaving_without_absent_hosts(launch):
-        meet()
+    meet()
+    met.set()
     safety.join(os.environ["MASTER_ADDR"])
 
 
-def _check_hosts(args: Arguments, resolved: ResolvedConfig, config: Any, launch: Launch) -> None:
+def _check_hosts(args: Arguments, resolved: ResolvedConfig, config: Any, launch: Launch, *, is_new: bool) -> None:
     from dstrain.alike import check_alike
 
-    check_alike(args, resolved, config, launch)
+    check_alike(args, resolved, config, launch, is_new=is_new)
 
 
 def _build_model(args: Arguments, config: Any, resolved: ResolvedConfig, rank: int) -> Any:

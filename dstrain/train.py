@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         launch = Launch.from_environment()
         if launch.world_size > launch.local_world_size:
             with suppress(ImportError):  # of a host that lacks torch: it cannot tell
-                from dstrain.alike import tell_waiting
+                from dstrain.meeting import tell_waiting
 
                 tell_waiting(error.problems)
         return refused

@@ -5,8 +5,8 @@
     python tests/faults.py --faults=kill@3:1 --deepspeed_config ...               # the same, for a launcher
 
 Faults, each `KIND@STEP:RANK`, several with commas: nan (the loss), hang (sleeps), spin (C code that holds the
-interpreter lock), kill (SIGKILL), raise, TERM, INT and USR1 (a signal to itself), evalTERM (the same in the second
-batch of an evaluation).
+interpreter lock), kill (SIGKILL), stop (SIGSTOP), raise, TERM, INT and USR1 (a signal to itself), evalTERM (the same in
+the second batch of an evaluation).
 """
 
 import ctypes
@@ -78,7 +78,7 @@ def strike(kind: str) -> None:
         ctypes.PyDLL(None).sleep(600)
     elif kind == "raise":
         raise RuntimeError("a fault on purpose")
-    elif kind in ("TERM", "INT", "USR1", "kill"):
+    elif kind in ("TERM", "INT", "USR1", "kill", "stop"):
         os.kill(os.getpid(), getattr(signal, "SIG" + kind.upper()))
 
 

@@ -80,18 +80,10 @@ def _kill_driver(trial: Trial, _: str) -> None:
             os.kill(int(entry.name), signal.SIGKILL)
 
 
-def _stop_rank(trial: Trial, host: str) -> None:
-    os.kill(trial.on_host(host, "rank")[0], signal.SIGSTOP)
-
-
 FAULTS: dict[str, Strike] = {
-    "killed_rank": host_faults.FAULTS["killed_rank"],
+    **{name: strike for name, strike in host_faults.FAULTS.items() if name not in ("killed_launcher", "killed_runner")},
     "killed_worker": _kill_worker,
     "killed_launcher": _kill_driver,
-    "crashed_host": host_faults.FAULTS["crashed_host"],
-    "cut_cable": host_faults.FAULTS["cut_cable"],
-    "hung_rank": host_faults.FAULTS["hung_rank"],
-    "stopped_rank": _stop_rank,
 }
 
 

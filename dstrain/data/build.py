@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HELD_OUT = 0.01  # share of the training documents that is kept for validation when the user names none
+# None: numpy, on a full disk too, says only how much it wrote
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, None)
 _FEW_DOCUMENTS = 100  # with fewer documents of plain text, blocks are held out instead
 
 
@@ -155,10 +157,10 @@ def _prepare_and_tell(
             answer = {"problems": error.problems}
         write_text(answer_file, json.dumps(answer))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in _CANNOT_WRITE:
             raise
         raise UserError(
-            f"the data cache {cache} cannot be written ({error.strerror}): "
+            f"the data cache {cache} cannot be written ({error.strerror or error}): "
             "free some space, or name another place with XDG_CACHE_HOME"
         ) from None
 

@@ -32,20 +32,24 @@ Process = tuple[int, list[str]]  # its parent's id, and its command line
 
 
 @contextmanager
-def leaving_without_absent_hosts(launch: Launch) -> Iterator[None]:
-    """While the context lasts, end this process with 2 and a line when a host cannot come any more. On rank 0 only."""
-    done = threading.Event()
+def leaving_without_absent_hosts(launch: Launch) -> Iterator[threading.Event]:
+    """End this process with 2 and a line when a host cannot come any more. On rank 0 only.
+
+    Until the event is set (the ranks have met) or the context is left. It begins before torch is imported: a person
+    waits for the line.
+    """
+    met = threading.Event()
     if launch.is_main and launch.world_size > launch.local_world_size:
-        threading.Thread(target=_watch, args=(done,), name="dstrain-absent-hosts", daemon=True).start()
+        threading.Thread(target=_watch, args=(met,), name="dstrain-absent-hosts", daemon=True).start()
     try:
-        yield
+        yield met
     finally:
-        done.set()
+        met.set()
 
 
-def _watch(done: threading.Event) -> None:
+def _watch(met: threading.Event) -> None:
     looks = 0
-    while not done.wait(_LOOK_S):
+    while not met.wait(_LOOK_S):
         absent = absent_hosts(_processes(), os.getppid())
         looks = looks + 1 if absent else 0
         if looks == _LOOKS:

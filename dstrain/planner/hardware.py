@@ -15,10 +15,11 @@ class Device:
     """One device and its links.
 
     memory_gib: usable, of the data sheet's. tflops: dense peak by dtype. bandwidth: of its memory, bytes/s. link: to
-    devices of the same host, network: of one device to other hosts, bytes/s, one direction; latency, network_latency:
-    of a collective there, in seconds. host_link: to the host's memory; host_bandwidth: of the host's memory, which its
-    devices share. operator_s: what starting one operator costs. matmul, streaming: the shares of peak and bandwidth
-    that kernels reach. pace: how many times longer a real layer takes than these rates promise.
+    devices of the same host, network: of one device to other hosts (shares_network: of all devices of a host together),
+    bytes/s, one direction; latency, network_latency: of a collective there, in seconds. host_link: to the host's
+    memory; host_bandwidth: of the host's memory, which its devices share. operator_s: what starting one operator costs.
+    matmul, streaming: the shares of peak and bandwidth that kernels reach. pace: how many times longer a real layer
+    takes than these rates promise.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     pace: float
     host_gib_per_device: float
     source: str
+    shares_network: bool = False
 
     def flops(self, precision: str) -> float:
         """FLOP/s that products of matrices reach."""

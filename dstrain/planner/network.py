@@ -24,7 +24,7 @@ def with_network(device: Device, links: Sequence[Any]) -> Device:
     """The device with the slowest of the measured links (`dstrain.launch.doctor.network.Link`) as its network.
 
     A ring over hosts goes at the pace of its slowest link, and crosses each once. Raises UserError for a pair that
-    could not be measured.
+    could not be measured. What was measured is a host's, whose devices share it.
     """
     problems = [f"{link.hosts[0]} to {link.hosts[1]}: {link.problem}" for link in links if link.problem]
     if problems:
@@ -33,4 +33,4 @@ def with_network(device: Device, links: Sequence[Any]) -> Device:
         return device
     slowest = min(links, key=lambda link: link.bytes_per_s)
     latency = device.latency + max(link.round_trip_s for link in links)
-    return replace(device, network=slowest.bytes_per_s, network_latency=latency)
+    return replace(device, network=slowest.bytes_per_s, network_latency=latency, shares_network=True)

@@ -17,11 +17,17 @@ SUSTAINED_ON_CPU = 1.15
 @dataclass(frozen=True)
 class Travel:
     """What a rank sends in a step around one kind of group. span: from the group's first rank to its last, of the
-    run's ranks in their order; sent: in bytes; messages: collectives, each with its latency."""
+    run's ranks in their order; sent: in bytes; messages: collectives, each with its latency. stride: from a rank of the
+    group to the next, so that so many groups send side by side."""
 
     span: int
     sent: float
     messages: float
+    stride: int = 1
+
+    def over_network(self, devices_per_host: int) -> float:
+        """What all groups of this kind send from a host to others, each around a ring: bytes."""
+        return self.sent * min(self.stride, devices_per_host) if self.span > devices_per_host else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,18 +96,19 @@ def _between_replicas(shape: ModelShape, resolved: ResolvedConfig, trained: floa
     if ranks == 1:
         return []
     if stage < 2:
-        return [Travel(span, 2 * ring + (ring if stage else 0.0), 0.0)]
+        return [Travel(span, 2 * ring + (ring if stage else 0.0), 0.0, dims.tp_size)]
     if stage == 2:  # DeepSpeed reduces its buckets by all-reduce, for every micro-batch; then gathers
-        return [Travel(span, 2 * ring * micro_batches + ring, 0.0)]
+        return [Travel(span, 2 * ring * micro_batches + ring, 0.0, dims.tp_size)]
     # Gathered in both passes, gradients scattered, for every micro-batch; matrices are gathered one by one. Gloo
     # scatters by an all-reduce (measured: tests/measure_network.py).
     scattered = 2 * ring if resolved.facts.device == "cpu" else ring
     matrices = sum(size > PERSISTENCE for size in shape.sizes.values()) * micro_batches
     near = int(resolved.deepspeed["zero_optimization"].get("zero_hpz_partition_size") or 1)
     if near == 1:
-        return [Travel(span, (2 * gathered + scattered) * micro_batches, 2.0 * matrices)]
+        return [Travel(span, (2 * gathered + scattered) * micro_batches, 2.0 * matrices, dims.tp_size)]
     again = held * (near - 1) / near * micro_batches  # ZeRO++: the backward pass gathers from a copy nearby
-    return [Travel(span, (gathered + scattered) * micro_batches, matrices), Travel(near, again, matrices)]
+    first = Travel(span, (gathered + scattered) * micro_batches, matrices, dims.tp_size)
+    return [first, Travel(near, again, matrices)]
 
 
 def _between_peers(
@@ -117,9 +124,9 @@ def _between_peers(
         travel.append(Travel(dims.tp_size, sent, 4.0 * num_layers * micro_batches))
     if dims.sp_size > 1:  # queries, keys, values there and the result back, and their mirrors
         sent = num_layers * 8 * hidden * (dims.sp_size - 1) / dims.sp_size
-        travel.append(Travel(dims.tp_size * dims.sp_size, sent, 8.0 * num_layers * micro_batches))
+        travel.append(Travel(dims.tp_size * dims.sp_size, sent, 8.0 * num_layers * micro_batches, dims.tp_size))
     if dims.pp_size > 1:
-        travel.append(Travel(dims.world_size, 2 * hidden, 4.0 * micro_batches))
+        travel.append(Travel(dims.world_size, 2 * hidden, 4.0 * micro_batches, dims.world_size // dims.pp_size))
     return travel
 
 
@@ -147,7 +154,8 @@ def travel_seconds(work: Work, device: Device, hosts: int = 1, devices_per_host:
     near = far = 0.0
     for group in work.travel:
         if hosts > 1 and group.span > devices_per_host:
-            far += group.sent / device.network + group.messages * device.network_latency
+            sent = group.over_network(devices_per_host) if device.shares_network else group.sent
+            far += sent / device.network + group.messages * device.network_latency
         else:
             near += group.sent / device.link + group.messages * device.latency
     return near, far

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -149,18 +150,79 @@ def test_ops_are_built_on_every_host(cluster):
         assert f"{name}: 2 ops ready (deepspeed_shm_comm, fused_adam)" in stderr
 
 
+def plain(cluster: Cluster, hostfile: Path, *flags: str) -> tuple[int, str, float]:
+    """`deepspeed --hostfile` without `dstrain launch`, on node1: exit code, stderr, seconds."""
+    command = ["deepspeed", "--hostfile", str(hostfile), "dstrain/train.py", "--deepspeed_config"]
+    command += ["ds_configs/zero2.json", "--config_name", "examples/llama_10m.json", "--block_size", "128"]
+    env = {**ENV, "DS_ENV_FILE": str(cluster.folder / "deepspeed_env")}
+    began = time.monotonic()
+    done = cluster.run("node1", [*command, "--output_dir", str(cluster.folder / "runs" / "b"), *flags], env=env)
+    return done.returncode, done.stderr, time.monotonic() - began
+
+
+@contextmanager
+def unknown_host(cluster: Cluster, host: str) -> Iterator[None]:
+    hostfile = cluster.folder / "hostfile"
+    known = hostfile.read_text()
+    hostfile.write_text(known.replace(host, "node9"))
+    yield
+    hostfile.write_text(known)
+
+
+@contextmanager
+def without_deepspeed(cluster: Cluster, host: str) -> Iterator[None]:
+    """So that its launcher cannot start there either."""
+    with without_package(cluster, host, "deepspeed"), full_disk(cluster, host, Path(deepspeed_folder())):
+        yield
+
+
+def deepspeed_folder() -> str:
+    return str(metadata.distribution("deepspeed").locate_file("deepspeed"))
+
+
+_GONE = "dstrain: error: {}: what was started there has ended before the ranks met"
+# The fault of node2 -> what the runner returns, and the line. pdsh -S returns the greatest code of its hosts, so ssh's
+# own 255 hides the 2 of rank 0.
+PLAIN = {
+    "refused_key": (refused_key, 255, _GONE.format("node2")),
+    "unknown_host": (unknown_host, 255, _GONE.format("node9")),
+    "no_deepspeed": (without_deepspeed, 2, _GONE.format("node2")),
+    "no_tokenizers": (
+        partial(without_package, name="tokenizers"),
+        2,
+        "node2: dstrain: error: this Python lacks tokenizers: run",
+    ),
+}
+
+
 @pytest.mark.distributed
 @pytest.mark.exhaustive
-def test_a_plain_start_does_not_wait_for_a_host_that_cannot_come(cluster):
-    """pdsh -S returns the greatest code of its hosts: ssh's 255, not the 2 of rank 0."""
+@pytest.mark.parametrize("fault", PLAIN)
+def test_a_plain_start_names_the_fault_of_one_host(cluster, fault):
     if reason := why_not("pdsh"):
         pytest.skip(reason)
-    command = ["deepspeed", "--hostfile", str(cluster.folder / "hostfile"), "dstrain/train.py", "--deepspeed_config"]
-    flags = ["ds_configs/zero2.json", "--config_name", "examples/llama_10m.json", "--block_size", "128"]
-    env = {**ENV, "DS_ENV_FILE": str(cluster.folder / "deepspeed_env")}
-    with refused_key(cluster, "node2"):
-        output = [*flags, "--output_dir", str(cluster.folder / "runs" / "b")]
-        done = cluster.run("node1", [*command, *output], env=env, timeout_s=120)
-    assert done.returncode == 255 and "node2: root@node2: Permission denied" in done.stderr, done.stderr
-    assert "dstrain: error: node2: what was started there has ended before the ranks met" in done.stderr
-    assert not (cluster.folder / "runs" / "b").exists()
+    strike, expected, line = PLAIN[fault]
+    with strike(cluster, "node2"):
+        code, stderr, seconds = plain(cluster, cluster.folder / "hostfile")
+    print(f"{fault}: {code} after {seconds:.1f} s")
+    assert code == expected and line in stderr, stderr
+    assert seconds < 30 and not (cluster.folder / "runs" / "b").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive
+def test_a_plain_start_names_a_full_disk(cluster):
+    """Of node2's own, where its copy of the tokenized data belongs."""
+    if reason := why_not("pdsh"):
+        pytest.skip(reason)
+    environment = cluster.folder / "deepspeed_env"
+    known = environment.read_text()
+    environment.write_text(known + "XDG_CACHE_HOME=/mnt/cache\n")
+    text = cluster.folder / "text.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(100_000)))  # 2 MB
+    with full_disk(cluster, "node2", Path("/mnt/cache")):
+        code, stderr, seconds = plain(cluster, cluster.folder / "hostfile", "--train_file", str(text))
+    environment.write_text(known)
+    print(f"full disk: {code} after {seconds:.1f} s")
+    assert code == 2 and "node2: dstrain: error: the data cache /mnt/cache/dstrain cannot be written" in stderr, stderr
+    assert seconds < 30 and not (cluster.folder / "runs" / "b").exists()

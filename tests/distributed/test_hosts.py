@@ -212,13 +212,23 @@ def test_copies_that_differ_are_refused_on_all_hosts(cluster, flag, name, text, 
 
 
 @pytest.mark.exhaustive
-def test_other_weights_on_one_host_are_refused(cluster):
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.5, "node1 and node2 differ in model weights"),
+        (0.0, "node1 and node2 differ in model.safetensors of /mnt/model: copy the model anew"),
+    ],
+)
+def test_other_weights_on_one_host_are_refused(cluster, share, words):
+    """The second half of a file, which samples find, and its last byte, which they do not."""
     folders = [save(cluster.folder / f"{name}.disk" / "model") for name in cluster.names]
     weights = folders[1] / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    whole = bytearray(weights.read_bytes())
+    changed = max(1, int(share * len(whole)))
+    whole[-changed:] = bytes(byte ^ 1 for byte in whole[-changed:])
+    weights.write_bytes(whole)
     changes = {"config_name": "", "model_name_or_path": "/mnt/model"}
     code, output = deepspeed(cluster, flags(cluster, "never", **changes))
     for folder in folders:
         shutil.rmtree(folder)
-    assert code == 2 and "node1 and node2 differ in model weights" in output, output[-3000:]
+    assert code == 2 and words in output, output[-3000:]

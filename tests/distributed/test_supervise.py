@@ -173,6 +173,26 @@ def test_a_killed_rank_under_torchrun_is_restarted_and_finishes(tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_rank_that_is_stopped_is_killed_and_started_again(launcher, tmp_path):
+    """It cannot react to anything: the other rank notices the hang and ends, their launcher kills after 30 s."""
+    flags = [
+        *faults.flags(tmp_path),
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "1",
+        "--hang_timeout",
+        "3",
+        "--faults=stop@4:1",
+    ]
+    head = launch.command_for(launcher, 2, faults.SCRIPT)
+    result = launch.run_command([*command(tmp_path), *head, *flags], run_dir=tmp_path / "run").check(0)
+    assert "exit code 76" in result.stderr and "restart 2" not in result.stderr
+    assert [row["step"] for row in result.metrics("train")] == [1, 2, 3, 4]
+
+
+@pytest.mark.exhaustive
 def test_it_goes_on_with_fewer_slots_than_before(tmp_path):
     """A slot is lost while the first start trains: the second start reads the hostfile anew."""
     hostfile, run_dir = tmp_path / "hostfile", tmp_path / "run"

@@ -42,3 +42,24 @@ def test_rank_zero_ends_once_a_host_is_absent_twice(monkeypatch):
     ((code, line),) = ends
     assert code == 2 and line.startswith("dstrain: error: node2: what was started there has ended")
     assert next(seen, None) is None
+
+
+def test_once_the_ranks_have_met_a_lost_host_is_not_an_absent_one(monkeypatch):
+    ends, looked = [], []
+    monkeypatch.setattr(absent, "_LOOK_S", 0.01)
+    monkeypatch.setattr(absent, "absent_hosts", lambda processes, launcher: looked.append(1) or met_hosts())
+    monkeypatch.setattr(absent, "exit_now", lambda code, words: ends.append(code))
+
+    def met_hosts() -> list[str]:
+        return ["node2"] if met.is_set() else []
+
+    with absent.leaving_without_absent_hosts(Launch(rank=0, local_rank=0, world_size=2, local_world_size=1)) as met:
+        while not looked:
+            time.sleep(0.01)
+        met.set()
+        time.sleep(0.2)
+        assert ends == []
+    with absent.leaving_without_absent_hosts(Launch(rank=1, local_rank=0, world_size=2, local_world_size=1)):
+        looked.clear()
+        time.sleep(0.1)
+    assert looked == []  # the other ranks do not look

@@ -6,6 +6,7 @@ import pytest
 
 from dstrain import alike, distributed
 from dstrain.errors import UserError
+from dstrain.models.pretrained import Checkpoint
 from dstrain.parallel import Launch
 
 FIRST, ALONE = Launch(rank=0, local_rank=0, world_size=2, local_world_size=1), Launch(0, 0, 1, 1)
@@ -35,6 +36,34 @@ def test_a_problem_of_one_host_is_everybodys(monkeypatch):
     other_host_says(monkeypatch, None, ["M has no model.safetensors"])
     with pytest.raises(UserError, match=r"^node2: M has no model\.safetensors"):
         alike._check_same(lambda: FACTS, FIRST)
+
+
+@pytest.mark.parametrize("case", ["shared", "copied", "one_byte"])
+def test_weights_are_compared_to_the_last_byte(case, monkeypatch, tmp_path):
+    """Files that hosts share are not read for it."""
+    files = [tmp_path / host / "model.safetensors" for host in ("node1", "node2")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(bytes(range(256)) * 4096)
+    if case == "one_byte":
+        with open(files[1], "r+b") as other:
+            other.seek(300_001)
+            other.write(b"x")
+    there = [files[0] if case == "shared" else files[1]]
+    read = []
+    monkeypatch.setattr(alike, "_xxh3", lambda file, own=alike._xxh3: read.append(file) or own(file))
+    monkeypatch.setattr(alike, "find_checkpoint", lambda name: Checkpoint(name, [str(files[0])]))
+    stat = there[0].stat()
+    theirs = iter([[(stat.st_ino, stat.st_size, stat.st_mtime_ns)], {there[0].name: alike._xxh3(there[0])}])
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, ("node2", next(theirs))])
+    monkeypatch.setattr(alike.socket, "gethostname", lambda: "node1")
+    read.clear()
+    if case == "one_byte":
+        with pytest.raises(UserError, match=r"^node1 and node2 differ in model\.safetensors of M: copy the model anew"):
+            alike.check_whole_weights("M", FIRST)
+    else:
+        alike.check_whole_weights("M", FIRST)
+    assert read == ([] if case == "shared" else [files[0]])
 
 
 def test_a_folder_that_another_host_does_not_see_is_refused(monkeypatch, tmp_path):

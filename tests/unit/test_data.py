@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -154,6 +155,19 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"the data cache .*file cannot be written \(Not a directory\)"):
         build(tmp_path / "file", max_train_samples=3)
+
+
+def test_a_cache_that_fills_its_disk_is_named(tmp_path):
+    """numpy (2.4) raises an OSError without a code when it could write a part only."""
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(20_000)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(UserError, match=r"the data cache .* cannot be written \(\d+ requested and \d+ written\)"):
+            build(tmp_path / "cache", train_file=[str(text)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_cache_lies_where_the_desktop_says(monkeypatch):

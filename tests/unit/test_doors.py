@@ -21,7 +21,7 @@ LEVELS = {
     "config": 2,
     **dict.fromkeys(["distributed", "phases"], 3),
     **dict.fromkeys(["models", "data"], 4),
-    **dict.fromkeys(["engine", "run_lock"], 5),
+    **dict.fromkeys(["engine", "meeting", "run_lock"], 5),
     "monitor": 5.5,  # what the others of this floor write and read
     **dict.fromkeys(["checkpoint", "resilience"], 6),
     "generate": 6.2,  # reads checkpoints

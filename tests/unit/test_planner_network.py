@@ -1,6 +1,7 @@
 """What of a step goes over the network, and how long it takes there."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,16 @@ def test_a_group_wider_than_a_host_goes_over_the_network():
     near, far = travel_seconds(work(Travel(8, 45e9, 10), Travel(16, 2e9, 3)), device, 2, 8)
     assert near == pytest.approx(0.1 + 10 * 20e-6) and far == pytest.approx(2.0 + 3 * 1.02e-3)
     assert travel_seconds(work(Travel(16, 45e9, 0)), device) == (pytest.approx(0.1), 0.0)
+
+
+@pytest.mark.parametrize(("stride", "lanes"), [(1, 1), (4, 4), (32, 8)], ids=["dp", "tp4", "pp"])
+def test_groups_side_by_side_share_a_measured_network(stride, lanes):
+    """On hosts of eight: one ring of all ranks, four of every fourth, and each rank to its own of the next stage."""
+    group = Travel(32, 1e9, 0, stride)
+    measured = with_network(H100, [link("a", "b", 1e9)])
+    assert travel_seconds(work(group), measured, 4, 8) == (0.0, pytest.approx(lanes))
+    own_ports = replace(H100, network=1e9)
+    assert travel_seconds(work(group), own_ports, 4, 8) == (0.0, pytest.approx(1))
 
 
 @pytest.mark.parametrize(
