@@ -94,7 +94,7 @@ class DataArguments:
     )
     max_train_samples: int | None = flag("read only this many training documents", minimum=1)
     streaming: bool = flag("read the training data while training instead of before", False)
-    shuffle_buffer: int | None = flag("blocks of a stream that are shuffled together (default: 1000)", minimum=1)
+    shuffle_buffer: int | None = flag("samples of a stream that are shuffled together (default: 1000)", minimum=1)
     block_size: int | None = flag("tokens read per sample (default: the model's positions, at most 1024)", minimum=2)
     packing: bool = flag("fill blocks with several whole documents that do not see each other", False)
 

@@ -97,12 +97,4 @@ def _contradictory_stream(given: dict[str, Any]) -> list[str]:
     mixed = [file for file in given.get("train_file", []) if file.lower().endswith((".yaml", ".yml"))]
     if given.get("train_weight") or mixed:
         problems.append("a mixture does not go with --streaming: leave one of them out")
-    names = [f"{part}_{way}" for part in _PARTS for way in ("column", "template")]
-    names += ["messages_column", "train_on_prompts", "packing"]
-    names += ["long_rows"] if given.get("long_rows", "cut") != "cut" else []
-    problems += [
-        f"--{name} does not go with --streaming, which cuts plain text into blocks: leave one of them out"
-        for name in names
-        if given.get(name)
-    ]
     return problems

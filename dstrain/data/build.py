@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dstrain.arguments import DataArguments
+from dstrain.data.columns import ColumnFlags
 from dstrain.data.mixture import Concatenation, Mixture, mixture_facts, mixture_parts
 from dstrain.data.order import epoch_order, hash_words, mix
 from dstrain.data.packing import BlockSamples, PackedSamples, RowSamples, Samples, Subset, pack_documents
@@ -20,7 +21,8 @@ from dstrain.data.segments import RowRules
 from dstrain.data.sources import build_sources, hash_json, write_text
 from dstrain.data.statistics import length_facts
 from dstrain.data.store import FORMAT_VERSION, TokenStore, find_or_write_store
-from dstrain.data.stream import SHUFFLE_BUFFER, StreamSamples, open_stream
+from dstrain.data.stream import StreamSamples
+from dstrain.data.stream_source import open_stream
 from dstrain.data.tokenization import TextEncoder
 from dstrain.errors import UserError
 
@@ -108,13 +110,14 @@ def build_data(
 def _build_stream(
     dargs: DataArguments, tokenizer: "PreTrainedTokenizerBase", *, block_size: int, **common: Any
 ) -> TrainingData:
-    """Training text that is read while training; held-out text has files of its own, read before as always."""
+    """Training data that are read while training; held-out text has files of its own, read before as always."""
     source, encoder = open_stream(dargs), TextEncoder(tokenizer)
-    window = dargs.shuffle_buffer or SHUFFLE_BUFFER
-    train = StreamSamples(source, encoder, block_size, window, dargs.max_train_samples, dargs.bad_rows)
-    facts = {"source": source.description, "files": source.identity, "block_size": block_size, "shuffle_buffer": window}
-    recipe = [source.identity, encoder.sha256, block_size, window, dargs.text_column, dargs.max_train_samples]
-    recipe.append(dargs.bad_rows)
+    train = StreamSamples(source, encoder, dargs, block_size)
+    _check_row_flags(dargs, source.description, is_text=train.is_text)
+    facts = {"source": source.description, "files": source.identity, "kinds": train.kinds, "block_size": block_size}
+    facts |= {"packing": dargs.packing, "shuffle_buffer": train.window}
+    chosen = [dargs.max_train_samples, dargs.bad_rows, dargs.packing, dargs.train_on_prompts, dargs.long_rows]
+    recipe = [source.identity, encoder.sha256, block_size, train.window, astuple(ColumnFlags.of(dargs)), *chosen]
     notices: list[str] = []
     if not dargs.validation_file:
         held_out, facts["validation"] = None, "none: a stream holds nothing out (name a --validation_file)"
@@ -266,11 +269,7 @@ def _mixed(parts: list[tuple[TrainingData, float]], dargs: DataArguments, seed: 
 
 def _usable_documents(store: TokenStore, dargs: DataArguments, block_size: int) -> tuple[np.ndarray, dict[str, Any]]:
     """(the documents that the flags let in: int64, ascending; the rows left out, as `SkippedRows` counts them)."""
-    for name, default in (("long_rows", "cut"), ("train_on_prompts", False)):
-        if getattr(dargs, name) != default and not store.is_rows:
-            raise UserError(
-                f"--{name} is for rows of prompts or chats, and {store.facts['source']} is plain text: leave it out"
-            )
+    _check_row_flags(dargs, store.facts["source"], is_text=not store.is_rows)
     skipped = dict(store.facts["skipped_rows"])
     documents, long = np.arange(len(store.lengths)), np.flatnonzero(store.lengths > block_size)
     if dargs.long_rows.startswith("cut") or len(long) == 0:
@@ -282,6 +281,12 @@ def _usable_documents(store: TokenStore, dargs: DataArguments, block_size: int) 
         )
     skipped["longer than the block"] = {"rows": len(long), "first": [store.place(i) for i in long[:NUM_PLACES]]}
     return np.delete(documents, long), skipped
+
+
+def _check_row_flags(dargs: DataArguments, source: str, *, is_text: bool) -> None:
+    for name, default in (("long_rows", "cut"), ("train_on_prompts", False)):
+        if getattr(dargs, name) != default and is_text:
+            raise UserError(f"--{name} is for rows of prompts or chats, and {source} is plain text: leave it out")
 
 
 def _build_samples(store: TokenStore, documents: np.ndarray, block_size: int, dargs: DataArguments) -> Samples:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -129,18 +129,34 @@ class RowSamples(Samples):
         self.num_without_loss = int((~keep).sum())
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        input_ids, labels = _read(self.store, int(self._begins[index]), int(self.token_counts[index]))
-        return {"input_ids": input_ids, "labels": labels}
+        return _read(self.store, int(self._begins[index]), int(self.token_counts[index]))
 
 
-def _read(store: TokenStore, begin: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids, labels) of a piece of a document, int64 [length]: nothing precedes the first, so it has no label."""
-    input_ids = store.tokens[begin : begin + length].astype(np.int64)
+def _read(store: TokenStore, begin: int, length: int) -> dict[str, np.ndarray]:
+    piece = slice(begin, begin + length)
+    return row_sample(store.tokens[piece], None if store.carries_loss is None else store.carries_loss[piece])
+
+
+def row_sample(ids: np.ndarray, carries_loss: np.ndarray | None) -> dict[str, np.ndarray]:
+    """A document, or a piece of one, as a sample: nothing precedes its first token, which has no label.
+
+    carries_loss: bool [n], or None where every token does.
+    """
+    input_ids = ids.astype(np.int64)
     labels = input_ids.copy()
-    if store.carries_loss is not None:
-        labels[~store.carries_loss[begin : begin + length]] = IGNORE
+    if carries_loss is not None:
+        labels[~carries_loss] = IGNORE
     labels[:1] = IGNORE
-    return input_ids, labels
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def packed_sample(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Samples that do not see each other as one."""
+    return {
+        "input_ids": np.concatenate([row["input_ids"] for row in rows]),
+        "labels": np.concatenate([row["labels"] for row in rows]),
+        "position_ids": np.concatenate([np.arange(len(row["input_ids"])) for row in rows]),
+    }
 
 
 class PackedSamples(Samples):
@@ -166,12 +182,7 @@ class PackedSamples(Samples):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         pieces = self.pieces[self._bounds[index] : self._bounds[index + 1]].tolist()
-        read = [_read(self.store, begin, length) for _, begin, length, _ in pieces]
-        return {
-            "input_ids": np.concatenate([input_ids for input_ids, _ in read]),
-            "labels": np.concatenate([labels for _, labels in read]),
-            "position_ids": np.concatenate([np.arange(length) for _, _, length, _ in pieces]),
-        }
+        return packed_sample([_read(self.store, begin, length) for _, begin, length, _ in pieces])
 
 
 def pack_documents(store: TokenStore, documents: np.ndarray, block_size: int, keep_end: bool = False) -> np.ndarray:
@@ -193,13 +204,18 @@ def pack_documents(store: TokenStore, documents: np.ndarray, block_size: int, ke
     labels = count_labels(store, begins, lengths)
     keep = labels > 0
     lengths, begins, labels = lengths[keep], begins[keep], labels[keep]
+    order, packs = order_in_packs(lengths, block_size)
+    return np.stack([packs, begins[order], lengths[order], labels[order]], axis=1).astype(np.int64)
+
+
+def order_in_packs(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(documents pack by pack, the pack of each), int64 [n]. Packs are numbered by their first document, documents keep
+    their order inside a pack. lengths: int64 [n], each in 1..block_size."""
     packs = best_fit_decreasing(lengths, block_size)
-    # Packs are numbered by their first document, documents keep their order inside a pack.
     first_of_pack = np.full(len(lengths), len(lengths))
     np.minimum.at(first_of_pack, packs, np.arange(len(packs)))
     order = np.lexsort((np.arange(len(packs)), first_of_pack[packs]))
-    ranked = np.cumsum(np.diff(first_of_pack[packs][order], prepend=-1) != 0) - 1
-    return np.stack([ranked, begins[order], lengths[order], labels[order]], axis=1).astype(np.int64)
+    return order, np.cumsum(np.diff(first_of_pack[packs][order], prepend=-1) != 0) - 1
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a row of a table means: a text, a prompt with its completion, or a chat; and which rows cannot be used."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -53,10 +53,13 @@ class BadRow:
 
 
 class SkippedRows:
-    """Refuses bad rows, or counts them and lets the others pass. Empty ones are no damage, and only counted."""
+    """Refuses bad rows, or counts them and lets the others pass. Empty ones are no damage, and only counted.
 
-    def __init__(self, bad_rows: str):
-        self._bad_rows = bad_rows
+    tell: is given the problem of the first few of each kind that are left out.
+    """
+
+    def __init__(self, bad_rows: str, tell: Callable[[str], None] = lambda problem: None):
+        self._bad_rows, self._tell = bad_rows, tell
         self.kinds: dict[str, dict[str, Any]] = {}
 
     def accept(self, rows: Iterable[Row | BadRow]) -> Iterator[Row]:
@@ -70,10 +73,16 @@ class SkippedRows:
     def add(self, bad: BadRow) -> None:
         if self._bad_rows != "skip" and bad.kind != EMPTY:
             raise UserError(f"{bad.problem} (or leave such rows out with --bad_rows skip)")
+        self.leave_out(bad)
+
+    def leave_out(self, bad: BadRow) -> None:
+        """Only count it, whatever `bad_rows` says."""
         found = self.kinds.setdefault(bad.kind, {"rows": 0, "first": []})
         found["rows"] += 1
-        if found["rows"] <= NUM_PLACES:
+        if len(found["first"]) < NUM_PLACES and bad.where not in found["first"]:  # a stream reads rows again
             found["first"].append(bad.where)
+            if bad.kind != EMPTY:
+                self._tell(bad.problem)
 
 
 def describe_skipped(kinds: Mapping[str, Mapping[str, Any]], source: str) -> list[str]:

@@ -22,11 +22,15 @@ def length_facts(lengths: np.ndarray, block_size: int) -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """Two lines from the facts of `TrainingData`, or two for each source of a mixture; none of a stream."""
+    """Two lines from the facts of `TrainingData`, or two for each source of a mixture; one of a stream."""
     if "sources" in facts:
         return "\n".join(describe(source) for source in facts["sources"])
-    if "document_lengths" not in facts:
-        return ""
+    if "shuffle_buffer" in facts:
+        return (
+            f"data: {facts['source']}: {' and '.join(facts['kinds'])}, shuffled in windows of "
+            f"{facts['shuffle_buffer']:,} samples; how many there are, how long, and what share of them carries loss "
+            "shows only in training"
+        )
     lengths = facts["document_lengths"]
     notes = [f"; {facts[name]:,} {what}" for name, what in _NOTES.items() if facts.get(name)]
     if "share_reached" in facts:

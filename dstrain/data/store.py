@@ -143,36 +143,19 @@ class _Writer:
     """Lays the tokens of segments end to end in a file, whether each carries loss in another; notes where documents
     begin. loss: None where every token does; plain text is not written there."""
 
-    def __init__(self, tokens: BinaryIO, loss: BinaryIO | None, encoder: TextEncoder):
+    def __init__(self, tokens: BinaryIO, loss: BinaryIO | None):
         self._tokens, self._loss = tokens, loss
-        prefix, suffix = encoder.affixes
-        empty = prefix[:0]  # a chat template writes the special tokens itself
-        self._affixes = {
-            "text": (prefix, suffix),
-            "prompt": (prefix, encoder.completion_suffix),
-            "chat": (empty, empty),
-        }
         self.position = 0
         self.offsets = [0]
 
     def write(self, segments: list[Segment], encoded: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        out, loss = [], []
-        for segment, (ids, carries) in zip(segments, encoded, strict=True):
-            prefix, suffix = self._affixes[segment.kind]
-            if segment.starts_document:
-                out.append(prefix)
-                loss.append(np.zeros(len(prefix), bool))
-            out.append(ids)
-            loss.append(carries)
-            if segment.ends_document:
-                out.append(suffix)
-                loss.append(np.ones(len(suffix), bool))
-                self.offsets.append(self.position + sum(map(len, out)))
-        tokens = np.concatenate(out)
-        tokens.tofile(self._tokens)
+        np.concatenate([ids for ids, _ in encoded]).tofile(self._tokens)
         if self._loss is not None and segments[0].kind != "text":
-            np.concatenate(loss).tofile(self._loss)
-        self.position += len(tokens)
+            np.concatenate([carries for _, carries in encoded]).tofile(self._loss)
+        for segment, (ids, _) in zip(segments, encoded, strict=True):
+            self.position += len(ids)
+            if segment.ends_document:
+                self.offsets.append(self.position)
 
 
 def write_store(folder: Path, source: Source, encoder: TextEncoder, rules: RowRules) -> None:
@@ -181,7 +164,7 @@ def write_store(folder: Path, source: Source, encoder: TextEncoder, rules: RowRu
     began = logged = time.monotonic()
     loss = folder / "carries_loss.bin"
     with open(folder / "tokens.bin", "wb") as tokens_file, open(loss, "wb") as loss_file:
-        writer = _Writer(tokens_file, None if rules.train_on_prompts else loss_file, encoder)
+        writer = _Writer(tokens_file, None if rules.train_on_prompts else loss_file)
         for job, encoded in _encode_in_threads(segments, encoder):
             writer.write(job, encoded)
             if time.monotonic() - logged > _LOG_EVERY_S:

@@ -1,5 +1,7 @@
 """The fused loss against plain torch: value and gradients, in every form of head that Hugging Face models have."""
 
+import ctypes
+
 import pytest
 import torch
 from torch.nn import functional
@@ -291,3 +293,16 @@ def test_every_number_of_label_tokens_does_not_have_its_own_shapes():
         with Products():
             linear_cross_entropy(hidden, weight, None, target).backward()
     assert 3 <= len(shapes) <= 3 * 4  # logits, gradient of hidden, gradient of weight; for 64, 128, 192 and 256 tokens
+
+
+def test_onednn_keeps_a_kernel_for_every_shape(capfd):
+    """Why shapes should be few (docs/deepspeed-facts.md)."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no products in bf16 on this CPU")
+    weight = torch.randn(72, 104, dtype=torch.bfloat16)  # of no other test
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        for num_tokens in (133, 144, 155, 133, 144, 155):
+            torch.randn(num_tokens, 72, dtype=torch.bfloat16) @ weight
+    ctypes.CDLL(None).fflush(None)  # oneDNN prints through C
+    made = [word for line in capfd.readouterr().out.splitlines() for word in line.split(",") if "create:" in word]
+    assert made == ["create:cache_miss"] * 3 + ["create:cache_hit"] * 3

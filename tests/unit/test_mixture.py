@@ -226,7 +226,6 @@ def test_a_yaml_file_stands_alone(tmp_path):
         (["--streaming", "--train_file", "a"], "--streaming needs --max_steps"),
         (["--streaming", "--max_steps", "5"], "--streaming needs --train_file or --dataset_name"),
         (["--streaming", "--max_steps", "5", "--train_file", "m.yaml"], "a mixture does not go with --streaming"),
-        (["--streaming", "--max_steps", "5", "--train_file", "a", "--packing"], "--packing does not go with"),
     ],
 )
 def test_flags_that_do_not_go_together(words, problem):

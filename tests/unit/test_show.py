@@ -116,14 +116,17 @@ def test_statistics_are_those_of_the_run(rows, tmp_path, capsys):
     assert "12 documents of 4 to 15 tokens (median 10, 95 % up to 14), 8.3% longer than a block of 14" in said
 
 
-def test_a_mixture_is_described_by_source_and_a_stream_not_at_all(rows):
+def test_a_mixture_is_described_by_source_and_of_a_stream_what_is_unknown(rows):
     facts = build(rows, 16).facts
     one, two = facts | {"share_reached": 0.25}, facts | {"share_reached": 0.75, "source": "other"}
     lines = describe({"source": "both", "sources": [one, two]}).splitlines()
     assert [line.split(": ")[1] for line in lines[::2]] == [str(rows), "other"]
     assert lines[1].endswith("; 25.0% of the mixture")
     assert lines[3].endswith("; 75.0% of the mixture")
-    assert describe({"source": "a stream", "block_size": 16}) == ""
+    dargs = DataArguments(train_file=[str(rows)], streaming=True, shuffle_buffer=3)
+    stream = build_data(dargs, BYTES, seed=1, block_size=16, is_main_per_host=True, barrier=lambda: None)
+    said = describe(stream.facts)
+    assert said.startswith(f"data: stream of {rows}: prompt, shuffled in windows of 3 samples; how many there are")
 
 
 def test_the_first_samples_of_the_training_order_are_shown(rows, capsys):

@@ -18,7 +18,8 @@ from dstrain.data.rows import check_document
 from dstrain.data.segments import RowRules
 from dstrain.data.sources import FileSource
 from dstrain.data.store import TokenStore, find_or_write_store
-from dstrain.data.stream import StreamSamples, WindowOrder, name_files
+from dstrain.data.stream import StreamSamples, WindowOrder
+from dstrain.data.stream_source import name_files
 from dstrain.data.tokenization import TextEncoder
 from dstrain.errors import UserError
 from dstrain.run import Run
@@ -29,7 +30,7 @@ ENCODER = TextEncoder(build_tokenizer("bytes"))
 
 
 class Lists:
-    """A stream source of lists of texts; notes which documents are read."""
+    """A stream source of lists of documents, or texts; notes which are read."""
 
     description = "lists"
 
@@ -41,9 +42,9 @@ class Lists:
         return len(self.files)
 
     def read(self, file, first):
-        for row, text in enumerate(self.files[file][first:], first):
+        for row, document in enumerate(self.files[file][first:], first):
             self.was_read.append((file, row))
-            yield check_document(f"{file}:{row}", (text,))
+            yield check_document(f"{file}:{row}", (document,) if isinstance(document, str) else document)
 
 
 class Counting(TextEncoder):
@@ -58,8 +59,8 @@ class Counting(TextEncoder):
         return super().encode(texts)
 
 
-def stream_of(source, block_size=4, window=3, max_documents=None, encoder=ENCODER):
-    return StreamSamples(source, encoder, block_size, window, max_documents)
+def stream_of(source, block_size=4, window=3, encoder=ENCODER, **flags):
+    return StreamSamples(source, encoder, DataArguments(streaming=True, shuffle_buffer=window, **flags), block_size)
 
 
 def read(stream, first, count, seed=1):
@@ -98,7 +99,7 @@ def test_a_hub_folder_is_streamed(tmp_path):
     assert np.concatenate(rows).tolist() == expected[: len(rows) * 32]
     assert sorted(data.files) == ["train-0.parquet", "train-1.parquet"]
     state = data.train.state_at(5)
-    assert state["block"] == 4
+    assert state["sample"] == 4
     again = build(tmp_path, dataset_name=str(tmp_path / "hub"), text_column="text", shuffle_buffer=2)
     again.train.load_state(state, lambda *_: None)
     assert again.train[5]["input_ids"].tolist() == data.train[5]["input_ids"].tolist()
@@ -116,7 +117,7 @@ def test_behind_the_end_comes_the_beginning_without_a_gap():
     assert [position for position, _ in events] == [4, 7, 10]  # the first block that begins in pass 2, 3, 4
     assert "pass 2" in events[0][1]
     stream.close()
-    few = stream_of(Lists(["abc"], ["defgh", "ij"]), window=1, max_documents=2)
+    few = stream_of(Lists(["abc"], ["defgh", "ij"]), window=1, max_train_samples=2)
     assert np.concatenate(read(few, 0, 5)).tolist() == (tokens_of("abc", "defgh") * 2)[:20]
 
 
@@ -131,7 +132,7 @@ def test_a_stream_resumed_anywhere_gives_the_same_tokens(files, window, data):
     order, position = whole.order(1), data.draw(st.integers(0, 20))
     rows = [whole[order[i]]["input_ids"].tolist() for i in range(position + 1)]
     state = json.loads(json.dumps(whole.state_at(position)))
-    assert state["block"] == position // window * window
+    assert state["sample"] == position // window * window
     rows += [whole[order[i]]["input_ids"].tolist() for i in range(position + 1, position + 10)]
     whole.close()
     resumed = stream_of(Lists(*files), block_size, window)
@@ -148,11 +149,10 @@ def test_resuming_reads_up_to_the_mark_without_tokenizing():
     source, encoder = Lists(*files), Counting()
     stream = stream_of(source, block_size=6, window=10, encoder=encoder)
     stream.load_state(whole.state_at(239), lambda *_: None)
+    encoder.texts.clear(), source.was_read.clear()  # of the first sample, which every start reads
     assert read(stream, 239, 11) == rows[239:]
-    assert (
-        encoder.texts[1] == "c  30"
-    )  # after a probe of the special tokens: block 230 is where the window of block 239 begins
-    assert {file for file, _ in source.was_read[1:50]} == {2}  # whole files are not even read
+    assert encoder.texts[0] == "c  30"  # block 230 is where the window of block 239 begins
+    assert {file for file, _ in source.was_read[:50]} == {2}  # whole files are not even read
 
 
 def test_windows_are_permuted_one_by_one():
@@ -234,11 +234,9 @@ def test_broken_rows_can_be_left_out(tmp_path, caplog):
 
 
 def test_what_cannot_be_read_at_all_is_refused_at_once(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
     write_rows(tmp_path / "blank.jsonl", [{"text": " "}])
     write_rows(tmp_path / "other.jsonl", [{"a": "x", "b": "y"}])
     for name, problem in (
-        ("rows.jsonl", "holds a prompt or a chat, and --streaming reads plain text"),
         ("blank.jsonl", "holds no text"),
         ("other.jsonl", "which column is the text"),
         ("nothing.jsonl", "matches no file"),
@@ -295,7 +293,7 @@ class RunSoFar:
 
 def test_a_run_hands_the_mark_on_and_tells_each_pass_once():
     run = RunSoFar(stream_of(Lists(["abc"] * 6), window=3))  # a pass of 6 blocks: its ends lie in steps 2, 4, 5, 7, ...
-    Run.begin_data(run, {"data": {"block": 12, "offset": 0, "place": [2, 0, 0, 0]}})
+    Run.begin_data(run, {"data": {"sample": 12, "offset": 0, "place": [2, 0, 0, 0]}})
     assert read(run.data.train, 12, 50)
     assert run.events == [(3, "notice"), (5, "data"), (7, "data"), (8, "data"), (10, "data")]
     again = RunSoFar(stream_of(Lists(["abc"] * 6), window=3))
