@@ -1,14 +1,14 @@
 """LoRA runs of the real trainer, and plain peft in this process: the same base, adapters, batches and optimizer.
 
     python -m tests.adapters ../shared/data/models/stories15M-hf-bf16      # 20 steps at ZeRO-3 x 2, SGD and AdamW
-    python -m tests.adapters ../shared/data/models/stories15M-hf-bf16 --load_in_4bit
+    python -m tests.adapters ../shared/data/models/stories15M-hf-bf16 --stage 2 --ranks 1 --load_in_4bit
 
 Prints, as a JSON line for each optimizer, the largest relative difference of the losses and of the trained adapters,
 and the largest difference of the logits of the merged export.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,13 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=(torch.arange(24) * 7 % 250).reshape(2, 12)).logits
 
 
-def main(base: str, *more: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base")
+    parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
+    args, more = parser.parse_known_args()  # the others are train.py's
+
     from safetensors.torch import load_file
 
     from dstrain.checkpoint.export import export
@@ -135,8 +141,8 @@ def main(base: str, *more: str) -> None:
     for optimizer in OPTIMIZERS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name, "run")
-            argv = flags(folder, Path(base), optimizer, "--export", *more, zero_optimization={"stage": 3})
-            result = train(folder, argv, ranks=2).check()
+            argv = flags(folder, Path(args.base), optimizer, "--export", *more, zero_optimization={"stage": args.stage})
+            result = train(folder, argv, ranks=args.ranks).check()
             losses, adapters, model = plain_peft(argv, optimizer)
             checkpoint = folder / "checkpoints" / f"step_{STEPS:08d}"
             merged = AutoModelForCausalLM.from_pretrained(export(checkpoint, Path(name, "merged"), merge=True))
@@ -155,4 +161,4 @@ def main(base: str, *more: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
