@@ -50,10 +50,10 @@ def build_skeleton(margs: ModelArguments, config: PreTrainedConfig, dtype: torch
 
 
 class _Partitioner:
-    """Partitions units as `deepspeed.zero.Init` does, with one swapper for all of them."""
+    """Partitions units as `deepspeed.zero.Init` does, with one swapper and one group of hpZ for all of them."""
 
     def __init__(self, zero3_config: dict[str, Any]):
-        self.config, self.swapper = zero3_config, None
+        self.config, self.swapper, self.near = zero3_config, None, None
 
     def __call__(self, unit: Unit) -> None:
         import deepspeed
@@ -63,8 +63,13 @@ class _Partitioner:
             if not hasattr(parameter, "ds_id"):
                 holder.register_parameter(f"p{len(holder._parameters)}", parameter)
         if holder._parameters:
-            context = deepspeed.zero.Init(holder, config_dict_or_path=self.config, param_swapper=self.swapper)
-            self.swapper = context.param_swapper
+            context = deepspeed.zero.Init(
+                holder,
+                config_dict_or_path=self.config,
+                param_swapper=self.swapper,
+                zero_param_parallel_group=self.near,
+            )
+            self.swapper, self.near = context.param_swapper, context.zero_param_process_group
             # Parts take the holes of whole parameters, so that glibc's heap would otherwise grow to nearly the whole
             # model (0.9 of it measured on 2 ranks).
             return_freed_memory()

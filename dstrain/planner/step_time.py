@@ -106,9 +106,11 @@ def _between_replicas(shape: ModelShape, resolved: ResolvedConfig, trained: floa
     near = int(resolved.deepspeed["zero_optimization"].get("zero_hpz_partition_size") or 1)
     if near == 1:
         return [Travel(span, (2 * gathered + scattered) * micro_batches, 2.0 * matrices, dims.tp_size)]
-    again = held * (near - 1) / near * micro_batches  # ZeRO++: the backward pass gathers from a copy nearby
-    first = Travel(span, (gathered + scattered) * micro_batches, matrices, dims.tp_size)
-    return [first, Travel(near, again, matrices)]
+    # ZeRO++: what is gathered after an update stays in a copy nearby, for all later passes of the step.
+    again = held * (near - 1) / near * (2 * micro_batches - 1)
+    once = matrices / micro_batches
+    first = Travel(span, gathered + scattered * micro_batches, once, dims.tp_size)
+    return [first, Travel(near, again, 2.0 * matrices - once)]
 
 
 def _between_peers(
@@ -126,7 +128,8 @@ def _between_peers(
         sent = num_layers * 8 * hidden * (dims.sp_size - 1) / dims.sp_size
         travel.append(Travel(dims.tp_size * dims.sp_size, sent, 8.0 * num_layers * micro_batches, dims.tp_size))
     if dims.pp_size > 1:
-        travel.append(Travel(dims.world_size, 2 * hidden, 4.0 * micro_batches, dims.world_size // dims.pp_size))
+        sent = hidden if dims.pp_size == 2 else 2 * hidden  # a stage between two others sends both ways
+        travel.append(Travel(dims.world_size, sent, 4.0 * micro_batches, dims.world_size // dims.pp_size))
     return travel
 
 

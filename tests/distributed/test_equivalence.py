@@ -116,6 +116,16 @@ def test_every_case_is_there():
     assert (len(MATRIX), len(KEPT)) == (2 * (4 * 5 + 4), 6 + 3)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_hpz_equals_plain_torch(ranks, plain_runs, rows, tmp_path):
+    """A second copy of the parts for every two ranks, of which all passes but the first of a step are gathered."""
+    more = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    config = OPTIMIZERS["adamw"] | parity.zero(3, **more) | {"gradient_accumulation_steps": 2}
+    run = parity.run(tmp_path / "x", parity.LLAMA, config, "--train_file", str(rows), ranks=ranks)
+    run.assert_equals(plain_runs["adamw"], TOLERANCE)
+
+
 # At stage 0 bf16 runs as stage 1: DeepSpeed's numbers are wrong there.
 @pytest.mark.parametrize("stage", parity.thinned(range(4), 0, 3))
 def test_bf16_stays_near_plain_fp32(stage, rows, tmp_path, tmp_path_factory):
