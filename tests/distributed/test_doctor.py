@@ -1,6 +1,8 @@
 """`dstrain doctor`, and what `dstrain launch` asks before a start, over hosts of namespaces (tests/cluster.py)."""
 
 import json
+import math
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,14 +152,23 @@ def test_ops_are_built_on_every_host(cluster):
         assert f"{name}: 2 ops ready (deepspeed_shm_comm, fused_adam)" in stderr
 
 
-def plain(cluster: Cluster, hostfile: Path, *flags: str) -> tuple[int, str, float]:
-    """`deepspeed --hostfile` without `dstrain launch`, on node1: exit code, stderr, seconds."""
-    command = ["deepspeed", "--hostfile", str(hostfile), "dstrain/train.py", "--deepspeed_config"]
-    command += ["ds_configs/zero2.json", "--config_name", "examples/llama_10m.json", "--block_size", "128"]
+def plain(cluster: Cluster, line: str, *flags: str) -> tuple[int, str, float]:
+    """`deepspeed --hostfile` without `dstrain launch`, on node1: exit code, stderr, seconds until it says `line`.
+
+    30 s are what we aim at; on a machine that others use too it may be twice as much.
+    """
+    head = ["timeout", "100", "deepspeed", "--hostfile", str(cluster.folder / "hostfile"), "dstrain/train.py"]
+    words = ["--deepspeed_config", "ds_configs/zero2.json", "--config_name", "examples/llama_10m.json"]
+    words += ["--block_size", "128", "--output_dir", str(cluster.folder / "runs" / "b"), *flags]
     env = {**ENV, "DS_ENV_FILE": str(cluster.folder / "deepspeed_env")}
-    began = time.monotonic()
-    done = cluster.run("node1", [*command, "--output_dir", str(cluster.folder / "runs" / "b"), *flags], env=env)
-    return done.returncode, done.stderr, time.monotonic() - began
+    began, said, stderr = time.monotonic(), math.inf, ""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(cluster.command("node1", [*head, *words], env), text=True, **quiet) as start:
+        for written in start.stderr:
+            stderr += written
+            said = min(said, time.monotonic() - began) if line in written else said
+    print(f"{line}\n{said:.1f} s, {start.returncode} after {time.monotonic() - began:.1f} s")
+    return start.returncode, stderr, said
 
 
 @contextmanager
@@ -203,10 +214,10 @@ def test_a_plain_start_names_the_fault_of_one_host(cluster, fault):
         pytest.skip(reason)
     strike, expected, line = PLAIN[fault]
     with strike(cluster, "node2"):
-        code, stderr, seconds = plain(cluster, cluster.folder / "hostfile")
-    print(f"{fault}: {code} after {seconds:.1f} s")
-    assert code == expected and line in stderr, stderr
-    assert seconds < 30 and not (cluster.folder / "runs" / "b").exists()
+        code, stderr, said_s = plain(cluster, line)
+    assert code == expected and said_s < 60, stderr
+    assert "Traceback" not in stderr or fault == "no_deepspeed"
+    assert not (cluster.folder / "runs" / "b").exists()
 
 
 @pytest.mark.distributed
@@ -215,14 +226,13 @@ def test_a_plain_start_names_a_full_disk(cluster):
     """Of node2's own, where its copy of the tokenized data belongs."""
     if reason := why_not("pdsh"):
         pytest.skip(reason)
-    environment = cluster.folder / "deepspeed_env"
+    environment, cache, text = (cluster.folder / name for name in ("deepspeed_env", "cache", "text.txt"))
     known = environment.read_text()
-    environment.write_text(known + "XDG_CACHE_HOME=/mnt/cache\n")
-    text = cluster.folder / "text.txt"
-    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(100_000)))  # 2 MB
-    with full_disk(cluster, "node2", Path("/mnt/cache")):
-        code, stderr, seconds = plain(cluster, cluster.folder / "hostfile", "--train_file", str(text))
+    environment.write_text(known + f"XDG_CACHE_HOME={cache}\n")
+    text.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(100_000)))  # 3 MB
+    line = f"node2: dstrain: error: the data cache {cache}/dstrain cannot be written"
+    with full_disk(cluster, "node2", cache):
+        code, stderr, said_s = plain(cluster, line, "--train_file", str(text))
     environment.write_text(known)
-    print(f"full disk: {code} after {seconds:.1f} s")
-    assert code == 2 and "node2: dstrain: error: the data cache /mnt/cache/dstrain cannot be written" in stderr, stderr
-    assert seconds < 30 and not (cluster.folder / "runs" / "b").exists()
+    assert code == 2 and said_s < 60 and "Traceback" not in stderr, stderr
+    assert not (cluster.folder / "runs" / "b").exists()
