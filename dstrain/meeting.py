@@ -19,7 +19,7 @@ _TELL = timedelta(minutes=2)
 def meet() -> None:
     """Join the process group. Raises UserError when a rank has come only to `tell_waiting` that its host cannot."""
     distributed.init_distributed()
-    _exchange(())
+    share_problems(())
 
 
 def tell_waiting(problems: Sequence[str]) -> None:
@@ -31,10 +31,11 @@ def tell_waiting(problems: Sequence[str]) -> None:
         return
     with suppress(UserError, RuntimeError):  # RuntimeError: torch's, of all its kinds, when nobody comes
         distributed.init_distributed(_TELL)
-        _exchange(problems)
+        share_problems(problems)
 
 
-def _exchange(problems: Sequence[str]) -> None:
+def share_problems(problems: Sequence[str]) -> None:
+    """A collective: what any rank cannot go on for is a UserError of all, with its host's name."""
     found = distributed.gather_objects([f"{socket.gethostname()}: {problem}" for problem in problems])
     if others := sorted({problem for rank in found for problem in rank}):
         raise UserError(others)

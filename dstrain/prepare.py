@@ -316,14 +316,21 @@ def _build_data(args: Arguments, tokenizer: Any, block_size: int, launch: Launch
     from dstrain import distributed
     from dstrain.data import build_data
     from dstrain.data.build import check_same_data
+    from dstrain.meeting import share_problems
 
-    data = build_data(
-        args.data,
-        tokenizer,
-        seed=args.run.seed,
-        block_size=block_size,
-        is_main_per_host=launch.is_main_on_host,
-        barrier=distributed.barrier,
-    )
+    try:
+        data = build_data(
+            args.data,
+            tokenizer,
+            seed=args.run.seed,
+            block_size=block_size,
+            is_main_per_host=launch.is_main_on_host,
+            barrier=distributed.barrier,
+        )
+    except UserError as error:
+        with suppress(UserError):
+            share_problems(error.problems)
+        raise
+    share_problems(())
     check_same_data(distributed.gather_objects((socket.gethostname(), data.samples_sha256)))
     return data
