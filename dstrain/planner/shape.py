@@ -113,6 +113,11 @@ class ModelShape:
         """Name of a parameter that tensor parallelism divides -> along which dimension."""
         return dict(tensor_cuts(self.model))
 
+    @cached_property
+    def num_divided(self) -> int:
+        """Matrices that tensor parallelism divides, the head among them."""
+        return sum(name.endswith(".weight") for name in self._cuts)
+
     def parts(self, placement: PipePlacement = WHOLE, tp_size: int = 1) -> list[Part]:
         """One per pipeline rank.
 

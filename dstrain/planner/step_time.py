@@ -121,9 +121,10 @@ def _between_peers(
     hidden = resolved.micro_batch * block_size * shape.config.get_text_config().hidden_size * width / dims.sp_size
     hidden *= micro_batches
     travel = []
-    if dims.tp_size > 1:  # an all-reduce behind attention and one behind the MLP, and their mirrors
-        sent = num_layers * 4 * 2 * hidden * (dims.tp_size - 1) / dims.tp_size
-        travel.append(Travel(dims.tp_size, sent, 4.0 * num_layers * micro_batches))
+    if dims.tp_size > 1:  # AutoTP sums the output of each row layer, and the input's gradient of each column layer
+        sums = shape.num_divided * num_layers / shape.num_layers
+        sent = sums * 2 * hidden * (dims.tp_size - 1) / dims.tp_size
+        travel.append(Travel(dims.tp_size, sent, sums * micro_batches))
     if dims.sp_size > 1:  # queries, keys, values there and the result back, and their mirrors
         sent = num_layers * 8 * hidden * (dims.sp_size - 1) / dims.sp_size
         travel.append(Travel(dims.tp_size * dims.sp_size, sent, 8.0 * num_layers * micro_batches, dims.tp_size))

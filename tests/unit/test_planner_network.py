@@ -11,6 +11,7 @@ from dstrain.launch.hosts import Host
 from dstrain.planner.hardware import DEVICES
 from dstrain.planner.network import check_slots, with_network
 from dstrain.planner.step_time import Travel, Work, travel_seconds
+from tests.checkpoints import MODEL
 
 H100 = DEVICES["h100-80g"]
 
@@ -56,6 +57,29 @@ def test_groups_side_by_side_share_a_measured_network(stride, lanes):
     assert travel_seconds(work(group), own_ports, 4, 8) == (0.0, pytest.approx(1))
 
 
+def plan(folder, more):
+    """On 2 hosts of 8: (the planner, the work of two micro-batches of one block of 32)."""
+    from dstrain.arguments import ModelArguments
+    from dstrain.models.config import load_model_config
+    from dstrain.planner.memory import Flags, setting_of
+    from dstrain.planner.step_time import work_of
+    from dstrain.planner.strategy import Cluster, Planner
+
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    margs = ModelArguments(config_name=str(folder / "model.json"))
+    flags = Flags(32)
+    planner = Planner(load_model_config(margs), margs, Cluster(2, 8, H100), flags)
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        **more,
+    }
+    resolved = planner.resolve(deepspeed, flags)
+    return planner, work_of(planner.shape, planner.trace(setting_of(resolved, flags, on_cpu=False)), resolved, 32)
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "spans"),
     [
@@ -69,28 +93,10 @@ def test_groups_side_by_side_share_a_measured_network(stride, lanes):
 )
 def test_what_each_way_of_splitting_sends(stage, more, spans, tmp_path):
     """With two micro-batches, on 2 hosts of 8: in bytes of the model, for a ring of any length."""
-    from dstrain.arguments import ModelArguments
-    from dstrain.models.config import load_model_config
-    from dstrain.planner.memory import Flags, setting_of
-    from dstrain.planner.step_time import work_of
-    from dstrain.planner.strategy import Cluster, Planner
-    from tests.checkpoints import MODEL
-
-    (tmp_path / "model.json").write_text(json.dumps(MODEL))
-    margs = ModelArguments(config_name=str(tmp_path / "model.json"))
-    flags = Flags(32)
-    planner = Planner(load_model_config(margs), margs, Cluster(2, 8, H100), flags)
     stages = more.get("stages", 1)
-    deepspeed = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {"stage": stage, **{k: v for k, v in more.items() if k != "stages"}},
-        **({"pipeline": {"stages": stages}} if stages > 1 else {}),
-    }
-    resolved = planner.resolve(deepspeed, flags)
-    found = work_of(planner.shape, planner.trace(setting_of(resolved, flags, on_cpu=False)), resolved, 32)
+    pipeline = {"pipeline": {"stages": stages}} if stages > 1 else {}
+    zero = {"stage": stage, **{k: v for k, v in more.items() if k != "stages"}}
+    planner, found = plan(tmp_path, {"zero_optimization": zero, **pipeline})
     assert Work.from_json(found.to_json()) == found
     assert {group.span for group in found.travel} == spans.keys() | ({16} if stages > 1 else set())
     whole = 2.0 * planner.shape.num_parameters
@@ -100,3 +106,11 @@ def test_what_each_way_of_splitting_sends(stage, more, spans, tmp_path):
     if stages == 2:  # each stage has one neighbour: hidden states of two micro-batches there, or their gradients back
         (pairs,) = (group for group in found.travel if group.span == 16)
         assert pairs.stride == 8 and pairs.sent == 2 * 32 * MODEL["hidden_size"] * 2.0
+
+
+def test_tensor_parallelism_sums_once_for_each_matrix_that_it_divides(tmp_path):
+    _, found = plan(tmp_path, {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 1}})
+    (tensor,) = (group for group in found.travel if group.span == 2)
+    sums = 7 * MODEL["num_hidden_layers"] + 1  # query, key, value, output, gate, up, down; the head
+    assert tensor.messages == sums * 2
+    assert tensor.sent == sums * 2 * 32 * MODEL["hidden_size"] * 2.0  # of bf16, half of it there and half back
