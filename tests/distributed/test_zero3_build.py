@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.parity import thinned
 from tests.launch import run_workers
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -211,7 +212,7 @@ def peak_of_build(path: str, pretrained: bool) -> tuple[float, list[str]]:
     return (status_kib("VmHWM") - before) * 1024.0, reads
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("pretrained", thinned([False, True], True))
 def test_no_rank_holds_the_whole_model(tmp_path, pretrained):
     path = tmp_path / "large.json"
     path.write_text(json.dumps(LARGE))
