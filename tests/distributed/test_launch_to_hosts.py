@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests import cluster, slurm
+from dstrain.monitor.metrics import read_metrics
+from tests import cluster, faults, launch, slurm
 from tests.launch import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
@@ -14,8 +15,10 @@ PROGRAMS = {"ssh": "pdsh", "mpi": "mpirun"}
 def test_two_hosts_have_the_losses_of_one(engine, tmp_path):
     if why := cluster.why_not(PROGRAMS[engine]):
         pytest.skip(why)
-    losses = slurm.uninterrupted(tmp_path / "plain", 10)
-    flags = slurm.training(tmp_path / "two", 10)
+    folder = tmp_path / "plain"
+    plain = [*faults.flags(folder), "--max_steps", "10"]
+    plain_run = launch.run(launch.TRAIN, *plain, launcher="torchrun", ranks=2, run_dir=folder / "run").check()
+    flags = [*faults.flags(tmp_path / "two"), "--max_steps", "10"]
     with cluster.build_cluster(tmp_path / "hosts") as hosts:
         slurm.give_ops(hosts)
         env = slurm.user_environment()
@@ -29,5 +32,5 @@ def test_two_hosts_have_the_losses_of_one(engine, tmp_path):
         done = hosts.run("node1", [*words, *flags], env=env, timeout_s=120)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert not [line for name in hosts.names for line in hosts.processes(name) if "train.py" in line]
-    own_losses = [row["loss"] for row in slurm.read_metrics(tmp_path / "two" / "run")]
-    assert slurm.largest_difference(own_losses, losses) <= 1e-5
+    losses = [row["loss"] for row in read_metrics(tmp_path / "two" / "run") if row["kind"] == "train"]
+    assert losses == pytest.approx(plain_run.losses(), rel=1e-5) and len(losses) == 10

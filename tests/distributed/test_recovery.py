@@ -27,6 +27,7 @@ def test_a_run_goes_on_without_a_crashed_host(tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", host_faults.LAYOUTS)
 def test_two_hosts_one_and_two_again(layout, tmp_path):
     there = host_faults.there_and_back(layout, tmp_path)
@@ -34,6 +35,7 @@ def test_two_hosts_one_and_two_again(layout, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", host_faults.WAYS)
 @pytest.mark.parametrize("fault", host_faults.FAULTS)
 def test_every_fault_is_noticed_within_a_minute(way, fault, tmp_path):
