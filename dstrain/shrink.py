@@ -37,8 +37,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
     (scratch / "ds.json").write_text(json.dumps(raw))
     model = _shallow(args.model, asked.placement.num_stages, scratch / "model")
     if args.model.adapter:
-        model = _with_adapters(model, args.model.adapter, args.run.seed, scratch)
-        model = dataclasses.replace(model, load_in_4bit=args.model.load_in_4bit)
+        model = _with_adapters(model, args.model, args.run.seed, scratch)
     run = dataclasses.replace(
         args.run,
         deepspeed_config=str(scratch / "ds.json"),
@@ -58,6 +57,7 @@ def shrink(args: Arguments, world_size: int, scratch: Path) -> tuple[Arguments, 
         max_time=None,
         profile=False,
         verify=False,
+        co2_country=None,
         report_to=["none"],
         resume_from_checkpoint="none",
         overwrite_output_dir=False,
@@ -89,8 +89,9 @@ def _shallow(margs: ModelArguments, num_stages: int, folder: Path) -> ModelArgum
     )
 
 
-def _with_adapters(margs: ModelArguments, settings: dict[str, Any], seed: int, scratch: Path) -> ModelArguments:
-    """Beside weights from scratch, which are stored for it; on every layer that is left, and without dropout."""
+def _with_adapters(margs: ModelArguments, asked: ModelArguments, seed: int, scratch: Path) -> ModelArguments:
+    """Those that are asked for, beside weights from scratch, which are stored for it; on every layer that is left, and
+    without dropout."""
     import torch
     from transformers.utils import logging
 
@@ -102,9 +103,19 @@ def _with_adapters(margs: ModelArguments, settings: dict[str, Any], seed: int, s
     logging.disable_progress_bar()
     base.save_pretrained(str(margs.config_name))
     file = scratch / "adapter_config.json"
-    kept = {name: value for name, value in settings.items() if name not in ("layers_to_transform", "layers_pattern")}
+    kept = {
+        name: value
+        for name, value in (asked.adapter or {}).items()
+        if name not in ("layers_to_transform", "layers_pattern")
+    }
     file.write_text(json.dumps({**kept, "peft_type": "LORA", "lora_dropout": 0.0}))
-    return dataclasses.replace(margs, model_name_or_path=margs.config_name, config_name=None, peft_config=str(file))
+    return dataclasses.replace(
+        margs,
+        model_name_or_path=margs.config_name,
+        config_name=None,
+        peft_config=str(file),
+        load_in_4bit=asked.load_in_4bit,
+    )
 
 
 def _check_named(args: Arguments) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,6 +333,16 @@ def as_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def report(rows: Iterable[Row]) -> int:
+    """Print each row when it is there, then all as a table; an exit code."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(row, file=sys.stderr, flush=True)
+    print(as_table(found))
+    return 0 if all(row.good for row in found) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -344,7 +354,6 @@ def main() -> int:
     if reason := why_not("pdsh"):
         print(reason, file=sys.stderr)
         return 2
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         if args.there_and_back is not None:
@@ -352,13 +361,8 @@ def main() -> int:
                 print(there_and_back(layout, folder / layout), flush=True)
             return 0
         reference = uninterrupted(folder / "reference", CONFIG)
-        for way in args.ways:
-            for fault in args.faults:
-                if (way, fault) not in LEFT_OUT:
-                    rows.append(measure(way, fault, folder / f"{way}_{fault}", reference))
-                    print(rows[-1], file=sys.stderr, flush=True)
-    print(as_table(rows))
-    return 0 if all(row.good for row in rows) else 1
+        cases = [(way, fault) for way in args.ways for fault in args.faults if (way, fault) not in LEFT_OUT]
+        return report(measure(way, fault, folder / f"{way}_{fault}", reference) for way, fault in cases)
 
 
 if __name__ == "__main__":

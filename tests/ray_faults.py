@@ -136,12 +136,7 @@ def main() -> int:
             print(there_and_back(folder))
             return 0
         reference = host_faults.uninterrupted(folder / "reference", host_faults.CONFIG)
-        rows = []
-        for fault in args.faults:
-            rows.append(measure(fault, folder / fault, reference))
-            print(rows[-1], file=sys.stderr, flush=True)
-    print(host_faults.as_table(rows))
-    return 0 if all(row.good for row in rows) else 1
+        return host_faults.report(measure(fault, folder / fault, reference) for fault in args.faults)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ FAULTS: dict[str, tuple[type[SlurmTrial], Strike]] = {
     "crashed_host_no_other": (ShrinkTrial, host_faults.FAULTS["crashed_host"]),
     "cut_cable": (SlurmTrial, host_faults.FAULTS["cut_cable"]),
     "hung_rank": (SlurmTrial, host_faults.FAULTS["hung_rank"]),
+    "stopped_rank": (SlurmTrial, host_faults.FAULTS["stopped_rank"]),
 }
 
 
@@ -152,12 +153,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         reference = host_faults.uninterrupted(folder / "reference", host_faults.CONFIG, LimitTrial.steps)
-        rows = []
-        for fault in args.faults:
-            rows.append(measure(fault, folder / fault, reference))
-            print(rows[-1], file=sys.stderr, flush=True)
-    print(host_faults.as_table(rows))
-    return 0 if all(row.good for row in rows) else 1
+        return host_faults.report(measure(fault, folder / fault, reference) for fault in args.faults)
 
 
 if __name__ == "__main__":
